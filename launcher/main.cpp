@@ -1,0 +1,111 @@
+// The command line of umbra.
+
+#include "launcher/probe.hpp"
+#include "launcher/run.hpp"
+#include "vmm/error.hpp"
+
+#include <CLI/CLI.hpp>
+#include <spdlog/sinks/stdout_color_sinks.h>
+#include <spdlog/spdlog.h>
+
+#include <map>
+
+namespace {
+
+using umbra::EngineKind;
+using umbra::ExitCode;
+using umbra::RunOptions;
+using umbra::StatsFormat;
+
+constexpr const char* exit_codes = R"(Exit codes:
+  0    passed: the guest wrote 0 to port 0xf4, powered off, or printed what --expect names
+  1    failed: the guest wrote another value to port 0xf4
+  2    bad usage, or a kernel that cannot be loaded
+  3    the guest panicked: triple fault, reset, or something that umbra does not do
+  4    this host cannot run the guest
+  124  timed out
+  130  interrupted (Ctrl-C))";
+
+CLI::App* add_run(CLI::App& app, RunOptions& options) {
+    CLI::App* run = app.add_subcommand("run", "Run a guest kernel");
+    run->footer(exit_codes);
+    run->add_option("kernel", options.kernel, "64-bit ELF or Linux bzImage")->required()->type_name("KERNEL");
+    run->add_option("args", options.arguments, "Added to the kernel's command line (after --)")
+        ->type_name("ARGS");
+    run->add_option("-m,--memory", options.memory, "Guest memory, e.g. 64M or 1G; a bare number is in MiB")
+        ->capture_default_str()
+        ->type_name("SIZE");
+    run->add_option("--append", options.append, "The kernel's command line")->type_name("TEXT");
+    run->add_option("--initrd", options.initrd, "Initial RAM disk")->type_name("FILE");
+    run->add_option("--serial", options.serial,
+                    "Where the serial console goes: stdio, none, or a file's name")
+        ->capture_default_str()
+        ->type_name("WHERE");
+    run->add_option("--timeout", options.timeout, "End the run after so many seconds")
+        ->check(CLI::PositiveNumber)
+        ->type_name("SECONDS");
+    run->add_option("--expect", options.expect, "End the run as passed when the console prints this")
+        ->type_name("TEXT");
+    run->add_option("--engine", options.engine,
+                    "shadow: deprivileged, on shadow page tables; native: at ring 0, on KVM's own MMU")
+        ->transform(CLI::CheckedTransformer(std::map<std::string, EngineKind>{
+            {"shadow", EngineKind::shadow}, {"native", EngineKind::native}}))
+        ->default_str("shadow")
+        ->type_name("ENGINE");
+    run->add_option("--stats", options.stats,
+                    "Tell afterwards what the run cost, on standard error: --stats or --stats=json")
+        ->transform(CLI::CheckedTransformer(
+            std::map<std::string, StatsFormat>{{"text", StatsFormat::text}, {"json", StatsFormat::json}}))
+        ->expected(0, 1)
+        ->default_str("text")
+        ->type_name("[FORMAT]");
+    run->add_option("--trace", options.trace, "Write every trap to a file, one line each")->type_name("FILE");
+    run->add_flag("--qemu-exit", options.qemu_exit,
+                  "Exit with (value << 1) | 1 for a value written to port 0xf4, as QEMU does");
+    return run;
+}
+
+void set_up_logging(const std::string& level) {
+    auto logger = spdlog::stderr_color_mt("umbra");
+    logger->set_pattern("%^umbra: %v%$");
+    logger->set_level(spdlog::level::from_str(level));
+    spdlog::set_default_logger(std::move(logger));
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
+    CLI::App app("umbra runs x86-64 kernels deprivileged, on software shadow page tables");
+    app.name("umbra");
+    app.set_version_flag("--version", "umbra " UMBRA_VERSION);
+    app.require_subcommand(1);
+    app.fallthrough();
+    std::string log_level = "info";
+    app.add_option("--log-level", log_level, "How much umbra itself says, on standard error")
+        ->check(CLI::IsMember({"debug", "info", "warning", "error", "off"}))
+        ->capture_default_str()
+        ->type_name("LEVEL");
+
+    RunOptions run_options;
+    const CLI::App* run = add_run(app, run_options);
+    CLI::App* probe =
+        app.add_subcommand("probe", "Tell what kind of KVM host this is, and what that means for guests");
+    bool json = false;
+    probe->add_flag("--json", json, "For programs");
+
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::ParseError& error) {
+        return app.exit(error) == 0 ? 0 : static_cast<int>(ExitCode::bad_usage);
+    }
+    set_up_logging(log_level);
+    try {
+        return run->parsed() ? umbra::run_command(run_options) : umbra::probe_command(json);
+    } catch (const umbra::StartupError& error) {
+        spdlog::critical("{}", error.what());
+        return static_cast<int>(error.code());
+    } catch (const std::exception& error) { // out of memory and the like
+        spdlog::critical("{}", error.what());
+        return static_cast<int>(ExitCode::host_cannot);
+    }
+}

@@ -1,0 +1,155 @@
+#include "launcher/run.hpp"
+
+#include "launcher/console.hpp"
+#include "vmm/loader/memory_size.hpp"
+#include "vmm/machine.hpp"
+#include "vmm/monitor.hpp"
+#include "vmm/native_engine.hpp"
+#include "vmm/report.hpp"
+#include "vmm/stats.hpp"
+#include "vmm/switcher.hpp"
+#include "vmm/symbols.hpp"
+#include "vmm/traits.hpp"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+#include <fmt/format.h>
+#include <spdlog/spdlog.h>
+
+namespace umbra {
+namespace {
+
+/// Shadow tables for the worst case, a guest that maps its memory by 4 KB pages in kernel and user mode,
+/// several times over: address space, of which only what is used is ever committed.
+std::size_t pool_bytes(std::uint64_t memory_bytes) {
+    constexpr std::uint64_t step = std::uint64_t{2} << 20, least = 8 * step;
+    const std::uint64_t most = SwitcherRegion::max_debt(1) * page_size / step * step;
+    return std::clamp((memory_bytes / 64 + step - 1) / step * step, least, most);
+}
+
+std::string command_line(const RunOptions& options) {
+    std::string line = options.append;
+    for (const std::string& argument : options.arguments) {
+        if (!line.empty())
+            line += ' ';
+        line += argument;
+    }
+    return line;
+}
+
+/// Where the serial console goes: a file of our own, or standard output.
+File open_serial(const std::string& serial) {
+    if (serial == "stdio" || serial == "none")
+        return {};
+    File file(::open(serial.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
+    if (file.get() < 0)
+        throw StartupError(ExitCode::bad_usage, fmt::format("cannot write the serial console to '{}': {}",
+                                                            serial, std::strerror(errno)));
+    return file;
+}
+
+LoadedKernel load(const RunOptions& options, std::span<const std::byte> kernel,
+                  std::span<const std::byte> initrd, const GuestMemory& memory) {
+    const std::string line = command_line(options);
+    try {
+        return load_kernel(kernel, {.command_line = line, .initrd = initrd}, memory);
+    } catch (const StartupError& error) {
+        throw StartupError(error.code(),
+                           fmt::format("cannot load kernel '{}': {}", options.kernel, error.what()));
+    }
+}
+
+bool wants_report(const Verdict& verdict) {
+    return verdict.kind == Verdict::Kind::triple_fault || verdict.kind == Verdict::Kind::stopped ||
+           verdict.kind == Verdict::Kind::host_failed;
+}
+
+std::string make_report(Engine& engine, const Machine& machine, const Symbols& symbols,
+                        const Verdict& verdict) {
+    const std::string why = describe(verdict);
+    const GuestPaging paging = engine.paging();
+    const ReportSubject subject = report_subject(engine.cpu(), engine.log());
+    ReportInput input{.why = why,
+                      .cpu = engine.cpu(),
+                      .memory = machine.memory(),
+                      .paging = paging,
+                      .log = engine.log(),
+                      .symbols = symbols,
+                      .shadow = {},
+                      .ticks_per_us = ticks_per_microsecond()};
+    if (Mmu* mmu = engine.mmu(); mmu != nullptr && paging.format->canonical(subject.address))
+        input.shadow = mmu->shadow_walk(subject.address, subject.access.user);
+    return report(input);
+}
+
+int process_exit_code(const RunOptions& options, const Verdict& verdict) {
+    const bool debug_exit = verdict.kind == Verdict::Kind::failed ||
+                            (verdict.kind == Verdict::Kind::passed && verdict.reason.empty());
+    if (options.qemu_exit && debug_exit)
+        return static_cast<int>((verdict.code << 1 | 1) & 0xff);
+    return static_cast<int>(exit_code(verdict));
+}
+
+} // namespace
+
+int run_command(const RunOptions& options) {
+    const std::vector<std::byte> kernel = read_file(options.kernel);
+    const std::vector<std::byte> initrd =
+        options.initrd.empty() ? std::vector<std::byte>{} : read_file(options.initrd, "initrd");
+    const std::uint64_t memory_bytes = parse_memory_size(options.memory);
+    const File serial_file = open_serial(options.serial);
+    const int serial_fd = options.serial == "stdio" ? STDOUT_FILENO : serial_file.get();
+
+    const bool shadow = options.engine == EngineKind::shadow;
+    const Kvm kvm;
+    const HostTraits traits = shadow ? probe_traits(kvm) : HostTraits{};
+    RunControl control;
+    GuestOutput output(serial_fd, options.expect, control);
+    Machine machine(kvm, {.memory_bytes = memory_bytes,
+                          .pool_bytes = shadow ? pool_bytes(memory_bytes) : 0,
+                          .serial_output = output.sink(),
+                          .debug_output = output.sink()});
+    const VirtualCpu boot = boot_cpu(load(options, kernel, initrd, machine.memory()));
+    const std::unique_ptr<Engine> engine =
+        shadow ? std::unique_ptr<Engine>(std::make_unique<Monitor>(machine, traits, boot))
+               : std::make_unique<NativeEngine>(machine, boot);
+    if (!options.trace.empty())
+        engine->log().trace_to(options.trace);
+
+    const auto timeout =
+        options.timeout ? std::optional(std::chrono::duration<double>(*options.timeout)) : std::nullopt;
+    const auto start = std::chrono::steady_clock::now();
+    const Verdict verdict = [&] {
+        const Attendant attendant(control, {.timeout = timeout, .input = options.serial == "stdio"});
+        return engine->run(control);
+    }();
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    machine.platform().flush();
+
+    spdlog::log(verdict.kind == Verdict::Kind::passed ? spdlog::level::info : spdlog::level::err, "{}",
+                describe(verdict));
+    if (!output.failure().empty())
+        spdlog::warn("some of the guest's output was lost: {}", output.failure());
+    if (wants_report(verdict))
+        std::fputs(make_report(*engine, machine, Symbols::from_elf(kernel), verdict).c_str(), stderr);
+    if (options.stats != StatsFormat::none) {
+        const Stats stats = gather_stats(engine->log(), engine->mmu(), machine.platform().unclaimed(),
+                                         seconds.count(), ticks_per_microsecond());
+        std::fputs(
+            (options.stats == StatsFormat::json ? stats_json(stats) + "\n" : stats_text(stats)).c_str(),
+            stderr);
+    }
+    if (!engine->log().finish_trace())
+        spdlog::warn("the trace '{}' is incomplete: it could not be written", options.trace);
+    return process_exit_code(options, verdict);
+}
+
+} // namespace umbra

@@ -1,0 +1,31 @@
+// `umbra run`: one guest, from kernel file to exit code.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace umbra {
+
+enum class EngineKind { shadow, native };
+enum class StatsFormat { none, text, json };
+
+struct RunOptions {
+    std::string kernel;
+    std::vector<std::string> arguments; ///< joined to the command line
+    std::string memory = "128M";
+    std::string append;
+    std::string initrd;
+    std::string serial = "stdio";
+    std::string trace;
+    std::string expect;
+    std::optional<double> timeout; ///< seconds
+    EngineKind engine = EngineKind::shadow;
+    StatsFormat stats = StatsFormat::none;
+    bool qemu_exit = false;
+};
+
+/// Runs the guest and returns the process's exit code. StartupError if it cannot be started.
+[[nodiscard]] int run_command(const RunOptions& options);
+
+} // namespace umbra

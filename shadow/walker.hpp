@@ -1,0 +1,62 @@
+// The one page-table walker.
+//
+// A walk goes down the tables for a range of addresses and calls a visitor for each entry that it meets; the
+// visitor says how to go on. What the levels are comes from the format's table of per-level data; where
+// entries come from is the reader's affair. A single translation is the range of one address; the debugger's
+// map listing is the range of all. The idea is mini-os's generic walker (one walk, a table of per-level data,
+// a callback).
+#pragma once
+
+#include "shadow/format.hpp"
+
+#include <algorithm>
+#include <concepts>
+
+namespace umbra {
+
+enum class WalkNext {
+    descend, ///< go into the table that the entry refers to; on a leaf: go on with the next entry
+    skip,    ///< go on with the next entry
+    stop,    ///< end the whole walk
+};
+
+/// What a visitor is shown: one entry, its level, where it lies, and the first address that it translates.
+template<class Space>
+struct WalkStep {
+    const Level* level;
+    Address<Space> slot;
+    Entry<Space> entry;
+    GuestVirt
+        address; ///< inside the walked range: the range's start, or the first address of the entry's span
+};
+
+/// Walks [first, last] (both inclusive; within one half of the canonical space) below `table`, a table of
+/// format.levels[depth].
+/// `read(Address<Space>) -> Entry<Space>` fetches an entry, once per visit: the visitor's copy is what is
+/// used. `visit(const WalkStep<Space>&) -> WalkNext`. False if the visitor stopped the walk.
+template<class Space, class Read, class Visit>
+requires std::same_as<std::invoke_result_t<Read&, Address<Space>>, Entry<Space>> &&
+    std::same_as < std::invoke_result_t < Visit&,
+    const WalkStep<Space>
+& >, WalkNext > bool walk(const PagingFormat& format, Frame<Space> table, GuestVirt first, GuestVirt last,
+                          Read&& read, Visit&& visit, std::size_t depth = 0) {
+    const Level& level = format.levels[depth];
+    for (GuestVirt at = first;;) {
+        const Address<Space> slot = table.base() + level.index(at) * sizeof(std::uint64_t);
+        const WalkStep<Space> step{&level, slot, read(slot), at};
+        const GuestVirt end =
+            GuestVirt(at.value() | (level.span() - 1)); // last address this entry translates
+        const WalkNext next = visit(step);
+        if (next == WalkNext::stop)
+            return false;
+        if (next == WalkNext::descend && step.entry.present() && !step.entry.leaf(level)) {
+            if (!walk(format, step.entry.table(), at, std::min(end, last), read, visit, depth + 1))
+                return false;
+        }
+        if (end >= last)
+            return true;
+        at = end + 1;
+    }
+}
+
+} // namespace umbra

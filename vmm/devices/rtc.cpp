@@ -1,0 +1,120 @@
+// Time of day as the MC146818A tells it, and the memory sizes that BIOSes leave in CMOS.
+#include "vmm/devices/rtc.hpp"
+
+#include <algorithm>
+#include <utility>
+
+namespace umbra {
+
+namespace {
+
+constexpr std::uint8_t seconds_register = 0x00;
+constexpr std::uint8_t minutes_register = 0x02;
+constexpr std::uint8_t hours_register = 0x04;
+constexpr std::uint8_t week_day_register = 0x06;
+constexpr std::uint8_t month_day_register = 0x07;
+constexpr std::uint8_t month_register = 0x08;
+constexpr std::uint8_t year_register = 0x09;
+constexpr std::uint8_t status_a = 0x0a;
+constexpr std::uint8_t status_b = 0x0b;
+constexpr std::uint8_t status_c = 0x0c;
+constexpr std::uint8_t status_d = 0x0d;
+constexpr std::uint8_t century_register = 0x32;
+
+constexpr std::uint8_t update_in_progress = 0x80; // of status A
+constexpr std::uint8_t status_a_at_reset = 0x26;  // 32768 Hz time base, 1024 Hz periodic rate
+constexpr std::uint8_t status_b_binary = 0x04;    // otherwise BCD
+constexpr std::uint8_t status_b_24_hours = 0x02;  // otherwise 12 hours with PM in bit 7
+constexpr std::uint8_t status_d_valid = 0x80;     // the battery is good
+constexpr std::uint8_t hours_pm = 0x80;
+
+// UIP rises this long before the time changes, so that who sees it clear can read the time undisturbed. The
+// time here changes at once, so it falls with the change.
+constexpr std::chrono::microseconds update_warning{244};
+
+constexpr std::uint64_t kib = 1024;
+constexpr std::uint64_t mib = 1024 * kib;
+constexpr std::uint64_t base_memory_kib = 640;
+
+} // namespace
+
+Rtc::Rtc(WallClock clock, std::uint64_t low_memory, std::uint64_t high_memory) : clock_(std::move(clock)) {
+    memory_[status_a] = status_a_at_reset;
+    memory_[status_b] = status_b_24_hours;
+
+    const auto put = [this](std::size_t index, std::uint64_t value, std::size_t bytes) {
+        for (std::size_t i = 0; i < bytes; ++i)
+            memory_.at(index + i) = static_cast<std::uint8_t>(value >> (8 * i));
+    };
+    const auto above = [](std::uint64_t memory, std::uint64_t start) {
+        return memory > start ? memory - start : 0;
+    };
+    const std::uint64_t extended_kib = std::min<std::uint64_t>(above(low_memory, mib) / kib, 0xffff);
+    put(0x15, base_memory_kib, 2);
+    put(0x17, extended_kib, 2); // KiB above 1 MB, twice: as configured and as found
+    put(0x30, extended_kib, 2);
+    put(0x34, std::min<std::uint64_t>(above(low_memory, 16 * mib) / (64 * kib), 0xffff), 2);
+    put(0x5b, std::min<std::uint64_t>(high_memory / (64 * kib), 0xff'ffff), 3);
+}
+
+std::uint8_t Rtc::read() const {
+    using namespace std::chrono;
+    const auto now = floor<microseconds>(clock_());
+    const auto day = floor<days>(now);
+    const year_month_day date{day};
+    const hh_mm_ss time{now - day};
+    const auto year = static_cast<unsigned>(static_cast<int>(date.year()));
+    switch (index_) {
+    case seconds_register:
+        return encode(static_cast<unsigned>(time.seconds().count()));
+    case minutes_register:
+        return encode(static_cast<unsigned>(time.minutes().count()));
+    case hours_register:
+        return encode_hours(static_cast<unsigned>(time.hours().count()));
+    case week_day_register: // 1 = Sunday
+        return encode(weekday{day}.c_encoding() + 1);
+    case month_day_register:
+        return encode(static_cast<unsigned>(date.day()));
+    case month_register:
+        return encode(static_cast<unsigned>(date.month()));
+    case year_register:
+        return encode(year % 100);
+    case century_register:
+        return encode(year / 100 % 100);
+    case status_a: {
+        const bool updating = time.subseconds() >= seconds{1} - update_warning;
+        return static_cast<std::uint8_t>(memory_[status_a] | (updating ? update_in_progress : 0U));
+    }
+    case status_d:
+        return status_d_valid;
+    default:
+        return memory_.at(index_);
+    }
+}
+
+void Rtc::write(std::uint8_t value) {
+    switch (index_) {
+    case status_a:
+        memory_[status_a] = value & static_cast<std::uint8_t>(~update_in_progress);
+        break;
+    case status_c: // read-only
+        break;
+    default: // the time's registers take a value that read() does not ask for
+        memory_.at(index_) = value;
+        break;
+    }
+}
+
+std::uint8_t Rtc::encode(unsigned value) const {
+    const bool binary = (memory_[status_b] & status_b_binary) != 0;
+    return static_cast<std::uint8_t>(binary ? value : value / 10 * 16 + value % 10);
+}
+
+std::uint8_t Rtc::encode_hours(unsigned hours) const {
+    if ((memory_[status_b] & status_b_24_hours) != 0)
+        return encode(hours);
+    const unsigned of_twelve = hours % 12 == 0 ? 12 : hours % 12;
+    return static_cast<std::uint8_t>(encode(of_twelve) | (hours >= 12 ? hours_pm : 0U));
+}
+
+} // namespace umbra

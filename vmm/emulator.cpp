@@ -1,0 +1,1325 @@
+#include "vmm/emulator.hpp"
+
+#include "vmm/segmentation.hpp"
+
+#include <Zydis/Zydis.h>
+
+namespace umbra {
+namespace {
+
+using emulated::Done;
+using emulated::Halted;
+using emulated::NotSensitive;
+using emulated::PortAccess;
+using emulated::Raised;
+using emulated::SoftwareEvent;
+using emulated::Unsupported;
+using Fault = std::optional<Exception>;
+
+constexpr std::size_t max_instruction_length = 15;
+
+/// Elements of one repeated INS or OUTS that are done before the guest may be interrupted again.
+constexpr unsigned string_chunk = 1024;
+
+// Offset of the I/O map base in the 64-bit TSS (Intel SDM vol. 3A, figure 7-11).
+constexpr std::uint32_t tss_io_map_base = 102;
+
+// Indices of the model-specific registers that VirtualCpu holds (Intel SDM vol. 4, table 2-2).
+namespace msr {
+constexpr std::uint32_t sysenter_cs = 0x174, sysenter_esp = 0x175, sysenter_eip = 0x176, pat = 0x277;
+constexpr std::uint32_t efer = 0xc000'0080, star = 0xc000'0081, lstar = 0xc000'0082, cstar = 0xc000'0083,
+                        fmask = 0xc000'0084;
+constexpr std::uint32_t fs_base = 0xc000'0100, gs_base = 0xc000'0101, kernel_gs_base = 0xc000'0102,
+                        tsc_aux = 0xc000'0103;
+} // namespace msr
+
+namespace cpuid {
+constexpr std::uint32_t invpcid = 1U << 10; ///< leaf 7: EBX
+constexpr std::uint32_t nx = 1U << 20;      ///< leaf 0x80000001: EDX
+} // namespace cpuid
+
+// DR6 and DR7 (Intel SDM vol. 3A, 17.2): what is always one, and what can be written.
+constexpr std::uint64_t dr6_fixed = 0xffff'0ff0, dr6_writable = 0xe00f, dr6_bd = 1U << 13;
+constexpr std::uint64_t dr7_fixed = 0x400, dr7_writable = 0xffff'23ff, dr7_gd = 1U << 13;
+
+constexpr std::uint64_t cr3_no_flush = std::uint64_t{1} << 63;
+constexpr std::uint64_t pcid_mask = 0xfff;
+
+// The flags that SYSRET loads from R11, and those that IRET loads at any privilege level.
+constexpr std::uint64_t sysret_flags = 0x3c'7fd7;
+constexpr std::uint64_t iret_flags_16 = 0x4dd5, iret_flags = iret_flags_16 | rflags::resume |
+                                                             rflags::alignment_check | (1U << 21); // ID
+constexpr std::uint64_t overflow_flag = 1U << 11;
+constexpr std::uint64_t iret_flags_cpl0 = 3U << 19; // VIF, VIP
+
+constexpr bool fits_32(std::uint64_t value) {
+    return value >> 32 == 0;
+}
+
+bool valid_pat(std::uint64_t value) {
+    for (unsigned i = 0; i < 8; ++i) {
+        const std::uint64_t type = (value >> (8 * i)) & 0xff;
+        if (type > 7 || type == 2 || type == 3)
+            return false;
+    }
+    return true;
+}
+
+/// The decoders, one for each code segment size.
+class Decoders {
+  public:
+    Decoders() {
+        ZydisDecoderInit(&code_64_, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+        ZydisDecoderInit(&code_32_, ZYDIS_MACHINE_MODE_LONG_COMPAT_32, ZYDIS_STACK_WIDTH_32);
+        ZydisDecoderInit(&code_16_, ZYDIS_MACHINE_MODE_LONG_COMPAT_16, ZYDIS_STACK_WIDTH_16);
+    }
+    [[nodiscard]] const ZydisDecoder& of(const Segment& code) const {
+        return code.long_mode ? code_64_ : code.default_32 ? code_32_ : code_16_;
+    }
+
+  private:
+    ZydisDecoder code_64_{}, code_32_{}, code_16_{};
+};
+
+const Decoders decoders;
+
+/// One instruction: fetched, decoded, executed.
+class Executor {
+  public:
+    Executor(VirtualCpu& cpu, const GuestSpace& space, CpuEnvironment& environment)
+        : cpu_(&cpu), space_(&space), environment_(&environment) {}
+
+    Emulation run();
+
+  private:
+    // Fetching and decoding
+    [[nodiscard]] Fault fetch(std::size_t size);
+    [[nodiscard]] ZyanStatus decode();
+    void decode_operands();
+
+    // How an instruction ends
+    [[nodiscard]] static Emulation raise(const Exception& exception) { return Raised{exception}; }
+    [[nodiscard]] static Emulation general_protection() { return Raised{Exception::general_protection()}; }
+    [[nodiscard]] static Emulation invalid_opcode() { return Raised{Exception::invalid_opcode()}; }
+    void advance();
+    [[nodiscard]] Emulation done();
+    [[nodiscard]] Emulation software_event(std::uint8_t vector, EventKind kind);
+
+    // Operands
+    [[nodiscard]] std::uint64_t& reg(Gpr which) { return (*cpu_)[which]; }
+    [[nodiscard]] Gpr reg_operand() const;
+    [[nodiscard]] Gpr rm_operand() const;
+    [[nodiscard]] bool has_memory_operand() const { return instruction_.raw.modrm.mod != 3; }
+    [[nodiscard]] const ZydisDecodedOperand& memory_operand();
+    void write_register(Gpr which, unsigned bytes, std::uint64_t value);
+    [[nodiscard]] std::uint64_t effective_address(const ZydisDecodedOperand& operand);
+    [[nodiscard]] Fault linear_address(SegmentRegister which, std::uint64_t offset, std::size_t size,
+                                       bool write, GuestVirt& at);
+    [[nodiscard]] Fault operand_address(const ZydisDecodedOperand& operand, std::size_t size, bool write,
+                                        GuestVirt& at);
+    template<class T>
+    [[nodiscard]] Fault read_memory_operand(T& value);
+    [[nodiscard]] Fault read_rm16(std::uint16_t& value);
+    [[nodiscard]] Fault read_far_pointer(std::uint16_t& selector, std::uint64_t& offset);
+
+    // The stack
+    [[nodiscard]] unsigned stack_bytes() const;
+    void set_stack_pointer(std::uint64_t value);
+    [[nodiscard]] Fault read_stack(std::uint64_t offset, unsigned width, std::span<std::uint64_t> items);
+
+    // Privilege
+    [[nodiscard]] bool privileged() const { return cpu_->cpl == 0; }
+    [[nodiscard]] bool io_flag_privileged() const { return cpu_->cpl <= cpu_->iopl(); }
+    [[nodiscard]] bool umip_denies() const { return cpu_->cpl != 0 && (cpu_->cr4 & cr4::umip) != 0; }
+    [[nodiscard]] Access access(bool write = false) const { return {write, false, cpu_->cpl == 3}; }
+    [[nodiscard]] bool canonical(std::uint64_t value) const {
+        return space_->paging().format->canonical(GuestVirt(value));
+    }
+
+    // The instructions
+    Emulation execute();
+    Emulation execute_at_level_0();
+    Emulation set_interrupt_flag();
+    Emulation halt();
+    Emulation port_io();
+    Emulation string_io();
+    [[nodiscard]] Fault check_port(std::uint16_t port, unsigned size);
+    Emulation move();
+    Emulation move_control_register();
+    Emulation move_debug_register();
+    [[nodiscard]] Fault write_cr0(std::uint64_t value);
+    [[nodiscard]] Fault write_cr3(std::uint64_t value);
+    [[nodiscard]] Fault write_cr4(std::uint64_t value);
+    Emulation load_machine_status_word();
+    Emulation store_system_register(std::uint64_t value);
+    Emulation store_descriptor_table(const DescriptorTable& table);
+    Emulation load_descriptor_table(DescriptorTable& table);
+    Emulation load_system_segment();
+    Emulation load_segment_register(SegmentRegister which, std::uint16_t selector);
+    Emulation pop_segment();
+    Emulation load_far_pointer(SegmentRegister which);
+    Emulation far_transfer(bool call);
+    Emulation far_return();
+    Emulation interrupt_return();
+    Emulation system_return();
+    Emulation invalidate_page();
+    Emulation invalidate_pcid();
+    Emulation read_msr();
+    Emulation write_msr();
+    [[nodiscard]] std::uint64_t* held_msr(std::uint32_t index);
+    [[nodiscard]] bool valid_msr(std::uint32_t index, std::uint64_t value) const;
+    [[nodiscard]] bool write_efer(std::uint64_t value);
+    Emulation read_tsc();
+    Emulation set_xcr();
+    Emulation access_flag();
+
+    [[nodiscard]] Fault check_target(const Segment& code, std::uint64_t offset) const;
+    [[nodiscard]] static bool runnable(const Segment& code, std::uint8_t cpl) {
+        return code.long_mode || cpl == 3;
+    }
+    void enter_code_segment(const Segment& code, std::uint8_t cpl, std::uint64_t rip);
+    [[nodiscard]] std::uint64_t edx_eax();
+    void set_edx_eax(std::uint64_t value);
+    [[nodiscard]] std::uint16_t current_pcid() const;
+
+    VirtualCpu* cpu_;
+    const GuestSpace* space_;
+    CpuEnvironment* environment_;
+
+    std::array<std::byte, max_instruction_length> bytes_{};
+    std::size_t fetched_ = 0;
+    ZydisDecoderContext context_{};
+    ZydisDecodedInstruction instruction_{};
+    std::array<ZydisDecodedOperand, 2> operands_{}; ///< no sensitive instruction has its memory operand later
+};
+
+constexpr std::string_view compatibility_kernel = "compatibility-mode code below privilege level 3";
+
+// --- Fetching and decoding
+
+/// Fetches up to `size` bytes of the instruction in all, as the CPU's own fetch.
+Fault Executor::fetch(std::size_t size) {
+    std::uint64_t at = cpu_->rip + fetched_;
+    if (!cpu_->cs.long_mode)
+        at = static_cast<std::uint32_t>(cpu_->cs.base + at);
+    Access fetch_access = access();
+    fetch_access.fetch = true;
+    if (auto fault =
+            space_->read(GuestVirt(at), std::span(bytes_).subspan(fetched_, size - fetched_), fetch_access))
+        return fault;
+    fetched_ = size;
+    return std::nullopt;
+}
+
+ZyanStatus Executor::decode() {
+    return ZydisDecoderDecodeInstruction(&decoders.of(cpu_->cs), &context_, bytes_.data(), fetched_,
+                                         &instruction_);
+}
+
+/// Most instructions need none of this, so it is not part of decode(). The implicit operands of INS and OUTS
+/// count.
+void Executor::decode_operands() {
+    const auto count = std::min<std::size_t>(operands_.size(), instruction_.operand_count);
+    (void)ZydisDecoderDecodeOperands(&decoders.of(cpu_->cs), &context_, &instruction_, operands_.data(),
+                                     static_cast<ZyanU8>(count));
+}
+
+Emulation Executor::run() {
+    // What follows the instruction in the next page may be unmapped, and is fetched only if needed.
+    const std::uint64_t start = cpu_->rip + (cpu_->cs.long_mode ? 0 : cpu_->cs.base);
+    const std::size_t first =
+        std::min<std::size_t>(max_instruction_length, page_size - GuestVirt(start).page_offset());
+    if (auto fault = fetch(first))
+        return raise(*fault);
+    ZyanStatus status = decode();
+    if (status == ZYDIS_STATUS_NO_MORE_DATA && first < max_instruction_length) {
+        if (auto fault = fetch(max_instruction_length))
+            return raise(*fault);
+        status = decode();
+    }
+    // A control or debug register that does not exist is #UD, which goes before the machine's #GP for its
+    // CPL 3.
+    if (status == ZYDIS_STATUS_ILLEGAL_LOCK || status == ZYDIS_STATUS_BAD_REGISTER)
+        return invalid_opcode();
+    if (!ZYAN_SUCCESS(status))
+        return NotSensitive{};
+    return execute();
+}
+
+// --- How an instruction ends
+
+void Executor::advance() {
+    cpu_->rip += instruction_.length;
+    if (!cpu_->cs.long_mode)
+        cpu_->rip = static_cast<std::uint32_t>(cpu_->rip);
+    cpu_->rflags &= ~rflags::resume;
+}
+
+Emulation Executor::done() {
+    advance();
+    return Done{};
+}
+
+Emulation Executor::software_event(std::uint8_t vector, EventKind kind) {
+    advance();
+    Event event = Event::software(vector, instruction_.length);
+    event.kind = kind;
+    return SoftwareEvent{event};
+}
+
+// --- Operands
+
+Gpr Executor::reg_operand() const {
+    return static_cast<Gpr>(instruction_.raw.modrm.reg | (instruction_.raw.rex.R << 3));
+}
+
+Gpr Executor::rm_operand() const {
+    return static_cast<Gpr>(instruction_.raw.modrm.rm | (instruction_.raw.rex.B << 3));
+}
+
+/// The one memory operand; only for instructions that have one.
+const ZydisDecodedOperand& Executor::memory_operand() {
+    decode_operands();
+    return operands_[0].type == ZYDIS_OPERAND_TYPE_MEMORY ? operands_[0] : operands_[1];
+}
+
+/// Writes as an instruction with that operand size does: 4 bytes clear the upper half, 1 and 2 leave the
+/// rest.
+void Executor::write_register(Gpr which, unsigned bytes, std::uint64_t value) {
+    if (bytes >= 4) {
+        reg(which) = bytes == 4 ? static_cast<std::uint32_t>(value) : value;
+        return;
+    }
+    const std::uint64_t mask = (std::uint64_t{1} << (8 * bytes)) - 1;
+    reg(which) = (reg(which) & ~mask) | (value & mask);
+}
+
+std::uint64_t Executor::effective_address(const ZydisDecodedOperand& operand) {
+    const auto value_of = [this](ZydisRegister which) -> std::uint64_t {
+        switch (ZydisRegisterGetClass(which)) {
+        case ZYDIS_REGCLASS_GPR16:
+        case ZYDIS_REGCLASS_GPR32:
+        case ZYDIS_REGCLASS_GPR64:
+            return reg(static_cast<Gpr>(ZydisRegisterGetId(which)));
+        case ZYDIS_REGCLASS_IP:
+            return cpu_->rip + instruction_.length;
+        default: // no register
+            return 0;
+        }
+    };
+    const std::uint64_t sum = value_of(operand.mem.base) + value_of(operand.mem.index) * operand.mem.scale +
+                              static_cast<std::uint64_t>(operand.mem.disp.value);
+    switch (instruction_.address_width) {
+    case 16:
+        return static_cast<std::uint16_t>(sum);
+    case 32:
+        return static_cast<std::uint32_t>(sum);
+    default:
+        return sum;
+    }
+}
+
+/// Segmentation: #SS(0) through SS, otherwise #GP(0) (Intel SDM vol. 3A, 5.3 and 5.3.1).
+Fault Executor::linear_address(SegmentRegister which, std::uint64_t offset, std::size_t size, bool write,
+                               GuestVirt& at) {
+    const Segment& through = segment(*cpu_, which);
+    const Exception violation = which == SegmentRegister::ss ? Exception{Vector::stack_fault, 0, {}}
+                                                             : Exception::general_protection();
+    if (cpu_->cs.long_mode) {
+        const bool based = which == SegmentRegister::fs || which == SegmentRegister::gs;
+        at = GuestVirt(offset + (based ? through.base : 0));
+        if (!canonical(at.value()) || !canonical((at + (size - 1)).value()))
+            return violation;
+        return std::nullopt;
+    }
+    const bool readable = !is_code(through) || (through.type & descriptor_type::readable) != 0;
+    const bool expand_down = !is_code(through) && (through.type & descriptor_type::expand_down) != 0;
+    const std::uint64_t last = offset + (size - 1);
+    const std::uint64_t top = expand_down && !through.default_32 ? 0xffff : 0xffff'ffff;
+    const bool inside = expand_down ? offset > through.limit && last <= top : last <= through.limit;
+    if (!through.present || !inside || (write ? !is_writable_data(through) : !readable))
+        return violation;
+    at = GuestVirt(static_cast<std::uint32_t>(through.base + offset));
+    return std::nullopt;
+}
+
+Fault Executor::operand_address(const ZydisDecodedOperand& operand, std::size_t size, bool write,
+                                GuestVirt& at) {
+    const auto which = static_cast<SegmentRegister>(ZydisRegisterGetId(operand.mem.segment));
+    return linear_address(which, effective_address(operand), size, write, at);
+}
+
+template<class T>
+Fault Executor::read_memory_operand(T& value) {
+    GuestVirt at;
+    if (auto fault = operand_address(memory_operand(), sizeof(T), false, at))
+        return fault;
+    return space_->read(at, value, access());
+}
+
+Fault Executor::read_rm16(std::uint16_t& value) {
+    if (has_memory_operand())
+        return read_memory_operand(value);
+    value = static_cast<std::uint16_t>(reg(rm_operand()));
+    return std::nullopt;
+}
+
+/// m16:16, m16:32 or m16:64 by operand size, or an immediate pointer.
+Fault Executor::read_far_pointer(std::uint16_t& selector, std::uint64_t& offset) {
+    decode_operands();
+    if (operands_[0].type == ZYDIS_OPERAND_TYPE_POINTER) {
+        selector = operands_[0].ptr.segment;
+        offset = operands_[0].ptr.offset;
+        return std::nullopt;
+    }
+    const std::size_t width = instruction_.operand_width / 8U;
+    std::array<std::byte, 10> pointer{};
+    GuestVirt at;
+    if (auto fault = operand_address(memory_operand(), width + 2, false, at))
+        return fault;
+    if (auto fault = space_->read(at, std::span(pointer).first(width + 2), access()))
+        return fault;
+    offset = 0;
+    std::memcpy(&offset, pointer.data(), width);
+    std::memcpy(&selector, pointer.data() + width, sizeof(selector));
+    return std::nullopt;
+}
+
+// --- The stack
+
+/// The size of the stack pointer.
+unsigned Executor::stack_bytes() const {
+    if (cpu_->cs.long_mode)
+        return 8;
+    return cpu_->ss.default_32 ? 4 : 2;
+}
+
+void Executor::set_stack_pointer(std::uint64_t value) {
+    write_register(Gpr::rsp, stack_bytes(), value);
+}
+
+/// Reads `items` of `width` bytes each, the first one `offset` bytes above the stack pointer.
+Fault Executor::read_stack(std::uint64_t offset, unsigned width, std::span<std::uint64_t> items) {
+    std::array<std::byte, 5 * sizeof(std::uint64_t)> block{};
+    const auto bytes = std::span(block).first(items.size() * width);
+    std::uint64_t pointer = reg(Gpr::rsp) + offset;
+    if (stack_bytes() < 8)
+        pointer &= (std::uint64_t{1} << (8 * stack_bytes())) - 1;
+    GuestVirt at;
+    if (auto fault = linear_address(SegmentRegister::ss, pointer, bytes.size(), false, at))
+        return fault;
+    if (auto fault = space_->read(at, bytes, access()))
+        return fault;
+    for (std::size_t i = 0; i < items.size(); ++i) {
+        items[i] = 0;
+        std::memcpy(&items[i], bytes.data() + i * width, width);
+    }
+    return std::nullopt;
+}
+
+// --- Which instruction
+
+Emulation Executor::execute() {
+    // Zydis knows some 1600 mnemonics; the default is all that run natively.
+    switch (instruction_.mnemonic) {
+    case ZYDIS_MNEMONIC_CLI:
+        if (!io_flag_privileged())
+            return general_protection();
+        cpu_->rflags &= ~rflags::interrupt;
+        return done();
+    case ZYDIS_MNEMONIC_STI:
+        return set_interrupt_flag();
+    case ZYDIS_MNEMONIC_IN:
+    case ZYDIS_MNEMONIC_OUT:
+        return port_io();
+    case ZYDIS_MNEMONIC_INSB:
+    case ZYDIS_MNEMONIC_INSW:
+    case ZYDIS_MNEMONIC_INSD:
+    case ZYDIS_MNEMONIC_OUTSB:
+    case ZYDIS_MNEMONIC_OUTSW:
+    case ZYDIS_MNEMONIC_OUTSD:
+        return string_io();
+    case ZYDIS_MNEMONIC_MOV:
+        return move();
+    case ZYDIS_MNEMONIC_POP:
+        return pop_segment();
+    case ZYDIS_MNEMONIC_LFS:
+        return load_far_pointer(SegmentRegister::fs);
+    case ZYDIS_MNEMONIC_LGS:
+        return load_far_pointer(SegmentRegister::gs);
+    case ZYDIS_MNEMONIC_LSS:
+        return load_far_pointer(SegmentRegister::ss);
+    case ZYDIS_MNEMONIC_LDS:
+        return load_far_pointer(SegmentRegister::ds);
+    case ZYDIS_MNEMONIC_LES:
+        return load_far_pointer(SegmentRegister::es);
+    case ZYDIS_MNEMONIC_JMP:
+    case ZYDIS_MNEMONIC_CALL:
+        if (instruction_.meta.branch_type != ZYDIS_BRANCH_TYPE_FAR)
+            return NotSensitive{};
+        return far_transfer(instruction_.mnemonic == ZYDIS_MNEMONIC_CALL);
+    case ZYDIS_MNEMONIC_RET:
+        return instruction_.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR ? far_return() : NotSensitive{};
+    case ZYDIS_MNEMONIC_IRET:
+    case ZYDIS_MNEMONIC_IRETD:
+    case ZYDIS_MNEMONIC_IRETQ:
+        return interrupt_return();
+    case ZYDIS_MNEMONIC_SYSCALL:
+        if ((cpu_->efer & efer::sce) == 0)
+            return invalid_opcode();
+        (void)emulate_syscall(*cpu_, GuestVirt(cpu_->rip + instruction_.length));
+        return Done{};
+    case ZYDIS_MNEMONIC_INT:
+        return software_event(static_cast<std::uint8_t>(instruction_.raw.imm[0].value.u),
+                              EventKind::software_interrupt);
+    case ZYDIS_MNEMONIC_INT3:
+        return software_event(static_cast<std::uint8_t>(Vector::breakpoint), EventKind::software_exception);
+    case ZYDIS_MNEMONIC_INTO:
+        if ((cpu_->rflags & overflow_flag) == 0)
+            return done();
+        return software_event(static_cast<std::uint8_t>(Vector::overflow), EventKind::software_exception);
+    case ZYDIS_MNEMONIC_INT1:
+        return software_event(static_cast<std::uint8_t>(Vector::debug), EventKind::exception);
+    case ZYDIS_MNEMONIC_SGDT:
+        return store_descriptor_table(cpu_->gdtr);
+    case ZYDIS_MNEMONIC_SIDT:
+        return store_descriptor_table(cpu_->idtr);
+    case ZYDIS_MNEMONIC_SLDT:
+        return store_system_register(cpu_->ldtr.selector);
+    case ZYDIS_MNEMONIC_STR:
+        return store_system_register(cpu_->tr.selector);
+    case ZYDIS_MNEMONIC_SMSW:
+        return store_system_register(cpu_->cr0);
+    case ZYDIS_MNEMONIC_CPUID: {
+        const CpuidResult result = environment_->cpuid(static_cast<std::uint32_t>(reg(Gpr::rax)),
+                                                       static_cast<std::uint32_t>(reg(Gpr::rcx)));
+        reg(Gpr::rax) = result.eax;
+        reg(Gpr::rbx) = result.ebx;
+        reg(Gpr::rcx) = result.ecx;
+        reg(Gpr::rdx) = result.edx;
+        return done();
+    }
+    case ZYDIS_MNEMONIC_RDTSC:
+    case ZYDIS_MNEMONIC_RDTSCP:
+        return read_tsc();
+    case ZYDIS_MNEMONIC_RDPMC: // no counter is offered, so every index is invalid
+        return general_protection();
+    case ZYDIS_MNEMONIC_XSETBV:
+        return set_xcr();
+    case ZYDIS_MNEMONIC_STAC:
+    case ZYDIS_MNEMONIC_CLAC:
+        return access_flag();
+    case ZYDIS_MNEMONIC_SYSRET:
+        return system_return();
+    case ZYDIS_MNEMONIC_INVPCID:
+        return invalidate_pcid();
+    // Not offered by CPUID.
+    case ZYDIS_MNEMONIC_MONITOR:
+    case ZYDIS_MNEMONIC_MWAIT:
+    case ZYDIS_MNEMONIC_MONITORX:
+    case ZYDIS_MNEMONIC_MWAITX:
+    case ZYDIS_MNEMONIC_SYSENTER:
+    case ZYDIS_MNEMONIC_SYSEXIT:
+    case ZYDIS_MNEMONIC_RSM:
+    case ZYDIS_MNEMONIC_GETSEC:
+        return invalid_opcode();
+    default:
+        return execute_at_level_0();
+    }
+}
+
+/// Instructions whose first check is CPL = 0.
+Emulation Executor::execute_at_level_0() {
+    // Virtual machine extensions are not offered.
+    if (instruction_.meta.isa_ext == ZYDIS_ISA_EXT_VTX || instruction_.meta.isa_ext == ZYDIS_ISA_EXT_SVM)
+        return invalid_opcode();
+    constexpr ZydisInstructionAttributes privileged_attribute = ZYDIS_ATTRIB_IS_PRIVILEGED;
+    const bool needs_level_0 = (instruction_.attributes & privileged_attribute) != 0 ||
+                               instruction_.mnemonic == ZYDIS_MNEMONIC_LGDT; // not marked in Zydis 4.0
+    if (!needs_level_0)
+        return NotSensitive{};
+    if (!privileged())
+        return general_protection();
+    switch (instruction_.mnemonic) {
+    case ZYDIS_MNEMONIC_HLT:
+        return halt();
+    case ZYDIS_MNEMONIC_CLTS:
+        cpu_->cr0 &= ~cr0::ts;
+        return done();
+    case ZYDIS_MNEMONIC_LMSW:
+        return load_machine_status_word();
+    case ZYDIS_MNEMONIC_LGDT:
+        return load_descriptor_table(cpu_->gdtr);
+    case ZYDIS_MNEMONIC_LIDT:
+        return load_descriptor_table(cpu_->idtr);
+    case ZYDIS_MNEMONIC_LLDT:
+    case ZYDIS_MNEMONIC_LTR:
+        return load_system_segment();
+    case ZYDIS_MNEMONIC_INVLPG:
+        return invalidate_page();
+    case ZYDIS_MNEMONIC_INVD:   // caches are coherent with everything that the guest can reach
+    case ZYDIS_MNEMONIC_WBINVD: // WBNOINVD too
+        return done();
+    case ZYDIS_MNEMONIC_RDMSR:
+        return read_msr();
+    case ZYDIS_MNEMONIC_WRMSR:
+        return write_msr();
+    case ZYDIS_MNEMONIC_SWAPGS:
+        std::swap(cpu_->gs.base, cpu_->kernel_gs_base);
+        return done();
+    default:
+        return Unsupported{ZydisMnemonicGetString(instruction_.mnemonic)};
+    }
+}
+
+// --- Interrupt flag, HLT
+
+Emulation Executor::set_interrupt_flag() {
+    if (!io_flag_privileged())
+        return general_protection();
+    const bool was_set = cpu_->interrupts_enabled();
+    cpu_->rflags |= rflags::interrupt;
+    advance();
+    if (was_set)
+        return Done{};
+    // STI; HLT in one go: no interrupt can come between, and its wake-up be lost.
+    constexpr std::byte hlt{0xf4};
+    if (instruction_.length < fetched_ && bytes_[instruction_.length] == hlt && privileged() &&
+        (cpu_->rflags & rflags::trap) == 0) {
+        cpu_->rip += 1;
+        cpu_->halted = true;
+        return Halted{};
+    }
+    return Done{true};
+}
+
+Emulation Executor::halt() {
+    advance();
+    cpu_->halted = true;
+    return Halted{};
+}
+
+// --- Port I/O
+
+/// IOPL, or else the I/O permission bitmap (Intel SDM vol. 1, 18.5.2).
+Fault Executor::check_port(std::uint16_t port, unsigned size) {
+    if (io_flag_privileged())
+        return std::nullopt;
+    const Segment& tss = cpu_->tr;
+    std::uint16_t map_base = 0;
+    if (!tss.present || tss.limit < tss_io_map_base + 1)
+        return Exception::general_protection();
+    if (auto fault = space_->read(GuestVirt(tss.base) + tss_io_map_base, map_base))
+        return fault;
+    // The CPU always reads two bytes, as the ports may lie in both.
+    const std::uint32_t offset = map_base + port / 8U;
+    if (offset + 1 > tss.limit)
+        return Exception::general_protection();
+    std::uint16_t bits = 0;
+    if (auto fault = space_->read(GuestVirt(tss.base) + offset, bits))
+        return fault;
+    if (((bits >> (port % 8U)) & ((1U << size) - 1)) != 0)
+        return Exception::general_protection();
+    return std::nullopt;
+}
+
+Emulation Executor::port_io() {
+    const bool write = instruction_.mnemonic == ZYDIS_MNEMONIC_OUT;
+    const bool immediate = instruction_.raw.imm[0].size != 0;
+    const auto port = static_cast<std::uint16_t>(immediate ? instruction_.raw.imm[0].value.u : reg(Gpr::rdx));
+    const bool byte = (instruction_.opcode & 1) == 0;
+    const unsigned size = byte ? 1 : instruction_.operand_width == 16 ? 2 : 4;
+    if (auto fault = check_port(port, size))
+        return raise(*fault);
+    if (environment_->kernel_owns(port)) {
+        advance();
+        return PortAccess{port, static_cast<std::uint8_t>(size), write};
+    }
+    if (write) {
+        const std::uint64_t mask = (std::uint64_t{1} << (8 * size)) - 1;
+        environment_->port_write(port, size, static_cast<std::uint32_t>(reg(Gpr::rax) & mask));
+    } else {
+        write_register(Gpr::rax, size, environment_->port_read(port, size));
+    }
+    return done();
+}
+
+Emulation Executor::string_io() {
+    const bool write = (instruction_.opcode & 2) != 0; // 6E and 6F are OUTS
+    const bool byte = (instruction_.opcode & 1) == 0;
+    const unsigned size = byte ? 1 : instruction_.operand_width == 16 ? 2 : 4;
+    const auto port = static_cast<std::uint16_t>(reg(Gpr::rdx));
+    if (auto fault = check_port(port, size))
+        return raise(*fault);
+    if (environment_->kernel_owns(port))
+        return Unsupported{"string I/O at a port of an in-kernel device"};
+
+    constexpr ZydisInstructionAttributes any_repeat =
+        ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE;
+    const bool repeated = (instruction_.attributes & any_repeat) != 0;
+    const unsigned address_bytes = instruction_.address_width / 8U;
+    const std::uint64_t address_mask =
+        address_bytes == 8 ? ~std::uint64_t{0} : (std::uint64_t{1} << (8 * address_bytes)) - 1;
+    const Gpr pointer = write ? Gpr::rsi : Gpr::rdi;
+    const std::uint64_t step = (cpu_->rflags & rflags::direction) != 0 ? -std::uint64_t{size} : size;
+    const ZydisDecodedOperand& memory = memory_operand();
+
+    for (unsigned elements = 0;; ++elements) {
+        if (repeated && (reg(Gpr::rcx) & address_mask) == 0)
+            return done();
+        if (elements == string_chunk)
+            return Done{};
+        GuestVirt at;
+        if (auto fault = operand_address(memory, size, !write, at))
+            return raise(*fault);
+        std::uint32_t value = 0;
+        const auto bytes = std::as_writable_bytes(std::span(&value, 1)).first(size);
+        // For INS this finds a fault before the device is read, which cannot be undone.
+        if (auto fault = space_->read(at, bytes, access(!write)))
+            return raise(*fault);
+        if (write) {
+            environment_->port_write(port, size, value);
+        } else {
+            value = environment_->port_read(port, size);
+            if (auto fault = space_->write(at, std::as_bytes(bytes), access()))
+                return raise(*fault);
+        }
+        write_register(pointer, address_bytes, reg(pointer) + step);
+        if (!repeated)
+            return done();
+        write_register(Gpr::rcx, address_bytes, reg(Gpr::rcx) - 1);
+    }
+}
+
+// --- Control and debug registers
+
+Emulation Executor::move() {
+    if (instruction_.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT) {
+        if (instruction_.opcode != 0x8e)
+            return NotSensitive{};
+        std::uint16_t selector = 0;
+        if (auto fault = read_rm16(selector))
+            return raise(*fault);
+        return load_segment_register(static_cast<SegmentRegister>(instruction_.raw.modrm.reg), selector);
+    }
+    switch (instruction_.opcode) {
+    case 0x20:
+    case 0x22:
+        return privileged() ? move_control_register() : general_protection();
+    case 0x21:
+    case 0x23:
+        return privileged() ? move_debug_register() : general_protection();
+    default:
+        return NotSensitive{};
+    }
+}
+
+Emulation Executor::move_control_register() {
+    const auto number = static_cast<unsigned>(reg_operand());
+    std::uint64_t* control = nullptr;
+    switch (number) {
+    case 0:
+        control = &cpu_->cr0;
+        break;
+    case 2:
+        control = &cpu_->cr2;
+        break;
+    case 3:
+        control = &cpu_->cr3;
+        break;
+    case 4:
+        control = &cpu_->cr4;
+        break;
+    case 8:
+        control = &cpu_->cr8;
+        break;
+    default: // there are no others
+        return invalid_opcode();
+    }
+    std::uint64_t& general = reg(rm_operand());
+    if (instruction_.opcode == 0x20) {
+        general = *control;
+        return done();
+    }
+    Fault fault;
+    if (number == 0)
+        fault = write_cr0(general);
+    else if (number == 3)
+        fault = write_cr3(general);
+    else if (number == 4)
+        fault = write_cr4(general);
+    else if (number == 8 && general > 0xf)
+        fault = Exception::general_protection();
+    else
+        *control = general;
+    return fault ? raise(*fault) : done();
+}
+
+/// Intel SDM vol. 3A, 2.5, and vol. 2B, MOV to control registers. Long mode stays: paging cannot be turned
+/// off from 64-bit code.
+Fault Executor::write_cr0(std::uint64_t value) {
+    value |= cr0::et;
+    const bool caching_valid = (value & cr0::cd) != 0 || (value & cr0::nw) == 0;
+    if (!fits_32(value) || (value & cr0::pe) == 0 || (value & cr0::pg) == 0 || !caching_valid)
+        return Exception::general_protection();
+    constexpr std::uint64_t defined = cr0::pe | cr0::mp | cr0::em | cr0::ts | cr0::et | cr0::ne | cr0::wp |
+                                      cr0::am | cr0::nw | cr0::cd | cr0::pg;
+    value &= defined; // the others are ignored
+    const std::uint64_t changed = cpu_->cr0 ^ value;
+    cpu_->cr0 = value;
+    if ((changed & cr0::wp) != 0)
+        environment_->paging_changed({PagingChange::mode, {}, current_pcid()});
+    return std::nullopt;
+}
+
+Fault Executor::write_cr3(std::uint64_t value) {
+    const bool pcids = (cpu_->cr4 & cr4::pcide) != 0;
+    const bool keep = pcids && (value & cr3_no_flush) != 0;
+    if (pcids)
+        value &= ~cr3_no_flush;
+    if (value >> environment_->physical_bits() != 0)
+        return Exception::general_protection();
+    cpu_->cr3 = value;
+    environment_->paging_changed(
+        {keep ? PagingChange::cr3_load_no_flush : PagingChange::cr3_load, {}, current_pcid()});
+    return std::nullopt;
+}
+
+Fault Executor::write_cr4(std::uint64_t value) {
+    const std::uint64_t changed = cpu_->cr4 ^ value;
+    const bool pcids_on = (changed & value & cr4::pcide) != 0;
+    if ((value & ~environment_->cr4_allowed()) != 0 || (value & cr4::pae) == 0 ||
+        (changed & cr4::la57) != 0 || (pcids_on && (cpu_->cr3 & pcid_mask) != 0))
+        return Exception::general_protection();
+    cpu_->cr4 = value;
+    const bool pcids_off = (changed & ~value & cr4::pcide) != 0;
+    if ((changed & (cr4::pge | cr4::pse)) != 0 || pcids_off)
+        environment_->paging_changed({PagingChange::everything, {}, current_pcid()});
+    if ((changed & (cr4::smep | cr4::smap | cr4::pke)) != 0)
+        environment_->paging_changed({PagingChange::mode, {}, current_pcid()});
+    return std::nullopt;
+}
+
+std::uint16_t Executor::current_pcid() const {
+    return static_cast<std::uint16_t>((cpu_->cr4 & cr4::pcide) != 0 ? cpu_->cr3 & pcid_mask : 0);
+}
+
+Emulation Executor::load_machine_status_word() {
+    std::uint16_t value = 0;
+    if (auto fault = read_rm16(value))
+        return raise(*fault);
+    // PE can be set but not cleared, and here it is set.
+    constexpr std::uint64_t loaded = cr0::mp | cr0::em | cr0::ts;
+    cpu_->cr0 = (cpu_->cr0 & ~loaded) | (value & loaded);
+    return done();
+}
+
+/// Intel SDM vol. 3B, 17.2.
+Emulation Executor::move_debug_register() {
+    auto number = static_cast<unsigned>(reg_operand());
+    if (number > 7)
+        return invalid_opcode();
+    if (number == 4 || number == 5) {
+        if ((cpu_->cr4 & cr4::de) != 0)
+            return invalid_opcode();
+        number += 2;
+    }
+    if ((cpu_->dr7 & dr7_gd) != 0) {
+        cpu_->dr6 |= dr6_bd;
+        cpu_->rflags |= rflags::resume; // a fault, and none of an instruction breakpoint
+        return raise({Vector::debug, std::nullopt, {}});
+    }
+    std::uint64_t& debug = number == 6 ? cpu_->dr6 : number == 7 ? cpu_->dr7 : cpu_->dr[number];
+    std::uint64_t& general = reg(rm_operand());
+    if (instruction_.opcode == 0x21) {
+        general = debug;
+        return done();
+    }
+    if (number >= 6 && !fits_32(general))
+        return general_protection();
+    debug = number == 6   ? (general & dr6_writable) | dr6_fixed
+            : number == 7 ? (general & dr7_writable) | dr7_fixed
+                          : general;
+    return done();
+}
+
+// --- Descriptor tables and system segments
+
+/// SLDT, STR, SMSW: 16 bits to memory, the operand size to a register.
+Emulation Executor::store_system_register(std::uint64_t value) {
+    if (umip_denies())
+        return general_protection();
+    if (!has_memory_operand()) {
+        write_register(rm_operand(), instruction_.operand_width / 8U, value);
+        return done();
+    }
+    const auto word = static_cast<std::uint16_t>(value);
+    GuestVirt at;
+    if (auto fault = operand_address(memory_operand(), sizeof(word), true, at))
+        return raise(*fault);
+    if (auto fault = space_->write(at, word, access()))
+        return raise(*fault);
+    return done();
+}
+
+Emulation Executor::store_descriptor_table(const DescriptorTable& table) {
+    if (umip_denies())
+        return general_protection();
+    const std::uint64_t base = table.base.value();
+    std::array<std::byte, 10> image{};
+    std::memcpy(image.data(), &table.limit, sizeof(table.limit));
+    std::memcpy(image.data() + sizeof(table.limit), &base, sizeof(base));
+    const auto stored = std::span(image).first(cpu_->cs.long_mode ? 10 : 6);
+    GuestVirt at;
+    if (auto fault = operand_address(memory_operand(), stored.size(), true, at))
+        return raise(*fault);
+    if (auto fault = space_->write(at, std::as_bytes(stored), access()))
+        return raise(*fault);
+    return done();
+}
+
+Emulation Executor::load_descriptor_table(DescriptorTable& table) {
+    std::array<std::byte, 10> image{};
+    if (auto fault = read_memory_operand(image))
+        return raise(*fault);
+    std::uint64_t base = 0;
+    std::memcpy(&base, image.data() + sizeof(table.limit), sizeof(base));
+    if (!canonical(base))
+        return general_protection();
+    std::memcpy(&table.limit, image.data(), sizeof(table.limit));
+    table.base = GuestVirt(base);
+    return done();
+}
+
+Emulation Executor::load_system_segment() {
+    std::uint16_t selector = 0;
+    if (auto fault = read_rm16(selector))
+        return raise(*fault);
+    const Fault fault = instruction_.mnemonic == ZYDIS_MNEMONIC_LLDT ? load_ldtr(*cpu_, *space_, selector)
+                                                                     : load_tr(*cpu_, *space_, selector);
+    return fault ? raise(*fault) : done();
+}
+
+// --- Segment registers
+
+Emulation Executor::load_segment_register(SegmentRegister which, std::uint16_t selector) {
+    if (auto fault = load_segment(*cpu_, *space_, which, selector))
+        return raise(*fault);
+    advance();
+    return Done{which == SegmentRegister::ss};
+}
+
+Emulation Executor::pop_segment() {
+    SegmentRegister which = SegmentRegister::es;
+    switch (instruction_.opcode) {
+    case 0x07: // the first three only in compatibility mode
+        break;
+    case 0x17:
+        which = SegmentRegister::ss;
+        break;
+    case 0x1f:
+        which = SegmentRegister::ds;
+        break;
+    case 0xa1:
+        which = SegmentRegister::fs;
+        break;
+    case 0xa9:
+        which = SegmentRegister::gs;
+        break;
+    default:
+        return NotSensitive{};
+    }
+    // A slot of the operand size, of which the lower 16 bits are the selector.
+    const unsigned width = instruction_.operand_width / 8U;
+    std::uint64_t slot = 0;
+    if (auto fault = read_stack(0, width, std::span(&slot, 1)))
+        return raise(*fault);
+    const std::uint64_t popped = reg(Gpr::rsp) + width;
+    const unsigned pointer_bytes = stack_bytes(); // before SS changes
+    Emulation result = load_segment_register(which, static_cast<std::uint16_t>(slot));
+    if (std::holds_alternative<Done>(result))
+        write_register(Gpr::rsp, pointer_bytes, popped);
+    return result;
+}
+
+Emulation Executor::load_far_pointer(SegmentRegister which) {
+    std::uint16_t selector = 0;
+    std::uint64_t offset = 0;
+    if (auto fault = read_far_pointer(selector, offset))
+        return raise(*fault);
+    if (auto fault = load_segment(*cpu_, *space_, which, selector))
+        return raise(*fault);
+    write_register(reg_operand(), instruction_.operand_width / 8U, offset);
+    return done();
+}
+
+// --- Far transfers
+
+/// The new instruction pointer against its code segment.
+Fault Executor::check_target(const Segment& code, std::uint64_t offset) const {
+    const bool valid = code.long_mode ? canonical(offset) : offset <= code.limit;
+    return valid ? std::nullopt : Fault(Exception::general_protection());
+}
+
+void Executor::enter_code_segment(const Segment& code, std::uint8_t cpl, std::uint64_t rip) {
+    cpu_->cs = code;
+    cpu_->cs.selector = static_cast<std::uint16_t>(selector::error_code(code.selector) | cpl);
+    cpu_->cpl = cpl;
+    cpu_->rip = rip;
+}
+
+Emulation Executor::far_transfer(bool call) {
+    std::uint16_t selector = 0;
+    std::uint64_t offset = 0;
+    if (auto fault = read_far_pointer(selector, offset))
+        return raise(*fault);
+    Segment code;
+    if (auto fault = check_jump_code_segment(*cpu_, *space_, selector, code))
+        return raise(*fault);
+    if (code.system)
+        return Unsupported{call ? "far call through a call gate" : "far jmp through a call gate"};
+    if (!runnable(code, cpu_->cpl))
+        return Unsupported{compatibility_kernel};
+    if (auto fault = check_target(code, offset))
+        return raise(*fault);
+    if (call) {
+        const unsigned width = instruction_.operand_width / 8U;
+        const std::uint64_t next = cpu_->rip + instruction_.length;
+        const std::uint64_t old_cs = cpu_->cs.selector;
+        std::array<std::byte, 2 * sizeof(std::uint64_t)> frame{};
+        std::memcpy(frame.data(), &next, width);
+        std::memcpy(frame.data() + width, &old_cs, width);
+        const auto pushed = std::span(frame).first(std::size_t{2} * width);
+        std::uint64_t bottom = reg(Gpr::rsp) - pushed.size();
+        if (stack_bytes() < 8)
+            bottom &= (std::uint64_t{1} << (8 * stack_bytes())) - 1;
+        GuestVirt at;
+        if (auto fault = linear_address(SegmentRegister::ss, bottom, pushed.size(), true, at))
+            return raise(*fault);
+        if (auto fault = mark_accessed(*cpu_, *space_, code))
+            return raise(*fault);
+        if (auto fault = space_->write(at, std::as_bytes(pushed), access()))
+            return raise(*fault);
+        set_stack_pointer(bottom);
+    } else if (auto fault = mark_accessed(*cpu_, *space_, code)) {
+        return raise(*fault);
+    }
+    enter_code_segment(code, cpu_->cpl, offset);
+    cpu_->rflags &= ~rflags::resume;
+    return Done{};
+}
+
+Emulation Executor::far_return() {
+    const unsigned width = instruction_.operand_width / 8U;
+    // RET imm16 releases that many bytes of parameters, on both stacks if there are two.
+    const std::uint64_t parameters = instruction_.raw.imm[0].size != 0 ? instruction_.raw.imm[0].value.u : 0;
+    std::array<std::uint64_t, 2> inner{}; // RIP, CS
+    if (auto fault = read_stack(0, width, inner))
+        return raise(*fault);
+    const std::uint64_t rip = inner[0];
+    const auto selector = static_cast<std::uint16_t>(inner[1]);
+    Segment code;
+    if (auto fault = check_return_code_segment(*cpu_, *space_, selector, code))
+        return raise(*fault);
+    const std::uint8_t new_cpl = selector::rpl(selector);
+    if (!runnable(code, new_cpl))
+        return Unsupported{compatibility_kernel};
+    const bool outer = new_cpl > cpu_->cpl;
+    std::array<std::uint64_t, 2> stack{}; // RSP, SS
+    Segment ss;
+    if (outer) {
+        if (auto fault = read_stack(std::uint64_t{2} * width + parameters, width, stack))
+            return raise(*fault);
+        if (auto fault = check_return_stack_segment(*cpu_, *space_, static_cast<std::uint16_t>(stack[1]),
+                                                    new_cpl, code.long_mode, ss))
+            return raise(*fault);
+    }
+    if (auto fault = check_target(code, rip))
+        return raise(*fault);
+    if (auto fault = mark_accessed(*cpu_, *space_, code))
+        return raise(*fault);
+    if (outer && ss.present) {
+        if (auto fault = mark_accessed(*cpu_, *space_, ss))
+            return raise(*fault);
+    }
+    if (outer) {
+        enter_code_segment(code, new_cpl, rip);
+        cpu_->ss = ss;
+        set_stack_pointer(stack[0] + parameters);
+        drop_inner_data_segments(*cpu_);
+    } else {
+        set_stack_pointer(reg(Gpr::rsp) + std::uint64_t{2} * width + parameters);
+        enter_code_segment(code, new_cpl, rip);
+    }
+    cpu_->rflags &= ~rflags::resume;
+    return Done{};
+}
+
+/// Intel SDM vol. 2A, IRET: in 64-bit mode SS:RSP is popped at any level.
+Emulation Executor::interrupt_return() {
+    if ((cpu_->rflags & rflags::nested_task) != 0)
+        return general_protection();
+    const unsigned width = instruction_.operand_width / 8U;
+    const bool pops_stack = cpu_->cs.long_mode;
+    std::array<std::uint64_t, 5> frame{}; // RIP, CS, RFLAGS, RSP, SS
+    const auto popped = std::span(frame).first(pops_stack ? 5 : 3);
+    if (auto fault = read_stack(0, width, popped))
+        return raise(*fault);
+    const auto selector = static_cast<std::uint16_t>(frame[1]);
+    Segment code;
+    if (auto fault = check_return_code_segment(*cpu_, *space_, selector, code))
+        return raise(*fault);
+    const std::uint8_t new_cpl = selector::rpl(selector);
+    if (!runnable(code, new_cpl))
+        return Unsupported{compatibility_kernel};
+    Segment ss;
+    if (pops_stack) {
+        if (auto fault = check_return_stack_segment(*cpu_, *space_, static_cast<std::uint16_t>(frame[4]),
+                                                    new_cpl, code.long_mode, ss))
+            return raise(*fault);
+    }
+    if (auto fault = check_target(code, frame[0]))
+        return raise(*fault);
+    if (auto fault = mark_accessed(*cpu_, *space_, code))
+        return raise(*fault);
+    if (pops_stack && ss.present) {
+        if (auto fault = mark_accessed(*cpu_, *space_, ss))
+            return raise(*fault);
+    }
+
+    std::uint64_t loaded = width == 2 ? iret_flags_16 : iret_flags;
+    if (io_flag_privileged())
+        loaded |= rflags::interrupt;
+    if (privileged())
+        loaded |= rflags::iopl | (width == 2 ? 0 : iret_flags_cpl0);
+    cpu_->rflags = (cpu_->rflags & ~loaded) | (frame[2] & loaded) | rflags::fixed;
+
+    const bool outer = new_cpl > cpu_->cpl;
+    if (pops_stack) {
+        enter_code_segment(code, new_cpl, frame[0]);
+        cpu_->ss = ss;
+        set_stack_pointer(frame[3]);
+    } else {
+        set_stack_pointer(reg(Gpr::rsp) + popped.size() * width);
+        enter_code_segment(code, new_cpl, frame[0]);
+    }
+    if (outer)
+        drop_inner_data_segments(*cpu_);
+    return Done{};
+}
+
+Emulation Executor::system_return() {
+    if ((cpu_->efer & efer::sce) == 0 || !cpu_->cs.long_mode)
+        return invalid_opcode();
+    if (!privileged())
+        return general_protection();
+    const bool to_64_bit = instruction_.operand_width == 64;
+    const std::uint64_t target = to_64_bit ? reg(Gpr::rcx) : static_cast<std::uint32_t>(reg(Gpr::rcx));
+    if (!canonical(target))
+        return general_protection();
+    const auto base = static_cast<std::uint16_t>(cpu_->star >> 48);
+    const auto code = static_cast<std::uint16_t>((base + (to_64_bit ? 16 : 0)) | 3);
+    const auto stack = static_cast<std::uint16_t>((base + 8) | 3);
+    cpu_->rflags = (reg(Gpr::r11) & sysret_flags) | rflags::fixed;
+    cpu_->cs = flat_code_segment(code, 3, to_64_bit);
+    cpu_->ss = flat_stack_segment(stack, 3);
+    cpu_->cpl = 3;
+    cpu_->rip = target;
+    return Done{};
+}
+
+// --- Translation caches
+
+Emulation Executor::invalidate_page() {
+    const ZydisDecodedOperand& operand = memory_operand();
+    GuestVirt at;
+    // A non-canonical address has no translation to lose, and raises nothing.
+    if (auto violation = operand_address(operand, 1, false, at); !violation)
+        environment_->paging_changed({PagingChange::page, at, current_pcid()});
+    return done();
+}
+
+Emulation Executor::invalidate_pcid() {
+    if ((environment_->cpuid(7, 0).ebx & cpuid::invpcid) == 0)
+        return invalid_opcode();
+    if (!privileged())
+        return general_protection();
+    const std::uint64_t type = reg(reg_operand());
+    std::array<std::uint64_t, 2> descriptor{}; // PCID, linear address
+    if (auto fault = read_memory_operand(descriptor))
+        return raise(*fault);
+    const bool names_pcid = type == 0 || type == 1;
+    const bool pcids = (cpu_->cr4 & cr4::pcide) != 0;
+    if (type > 3 || descriptor[0] > pcid_mask || (names_pcid && !pcids && descriptor[0] != 0) ||
+        (type == 0 && !canonical(descriptor[1])))
+        return general_protection();
+    constexpr std::array kinds{PagingChange::page, PagingChange::context, PagingChange::everything,
+                               PagingChange::all_contexts};
+    environment_->paging_changed({kinds[type], GuestVirt(type == 0 ? descriptor[1] : 0),
+                                  names_pcid ? static_cast<std::uint16_t>(descriptor[0]) : current_pcid()});
+    return done();
+}
+
+// --- Model-specific registers, time, extended state
+
+std::uint64_t Executor::edx_eax() {
+    return (reg(Gpr::rdx) << 32) | static_cast<std::uint32_t>(reg(Gpr::rax));
+}
+
+void Executor::set_edx_eax(std::uint64_t value) {
+    reg(Gpr::rax) = static_cast<std::uint32_t>(value);
+    reg(Gpr::rdx) = value >> 32;
+}
+
+/// Where VirtualCpu holds a register, if it does.
+std::uint64_t* Executor::held_msr(std::uint32_t index) {
+    switch (index) {
+    case msr::sysenter_cs:
+        return &cpu_->sysenter_cs;
+    case msr::sysenter_esp:
+        return &cpu_->sysenter_esp;
+    case msr::sysenter_eip:
+        return &cpu_->sysenter_eip;
+    case msr::pat:
+        return &cpu_->pat;
+    case msr::efer:
+        return &cpu_->efer;
+    case msr::star:
+        return &cpu_->star;
+    case msr::lstar:
+        return &cpu_->lstar;
+    case msr::cstar:
+        return &cpu_->cstar;
+    case msr::fmask:
+        return &cpu_->fmask;
+    case msr::fs_base:
+        return &cpu_->fs.base;
+    case msr::gs_base:
+        return &cpu_->gs.base;
+    case msr::kernel_gs_base:
+        return &cpu_->kernel_gs_base;
+    case msr::tsc_aux:
+        return &cpu_->tsc_aux;
+    default:
+        return nullptr;
+    }
+}
+
+/// Whether a register that held_msr() knows, other than EFER, takes `value`.
+bool Executor::valid_msr(std::uint32_t index, std::uint64_t value) const {
+    switch (index) {
+    case msr::pat:
+        return valid_pat(value);
+    case msr::fmask:
+    case msr::tsc_aux:
+        return fits_32(value);
+    case msr::sysenter_esp:
+    case msr::sysenter_eip:
+    case msr::lstar:
+    case msr::cstar:
+    case msr::fs_base:
+    case msr::gs_base:
+    case msr::kernel_gs_base:
+        return canonical(value);
+    default:
+        return true;
+    }
+}
+
+Emulation Executor::read_msr() {
+    const auto index = static_cast<std::uint32_t>(reg(Gpr::rcx));
+    const std::uint64_t* held = held_msr(index);
+    const auto value = held != nullptr ? std::optional(*held) : environment_->read_msr(index);
+    if (!value)
+        return general_protection();
+    set_edx_eax(*value);
+    return done();
+}
+
+Emulation Executor::write_msr() {
+    const auto index = static_cast<std::uint32_t>(reg(Gpr::rcx));
+    const std::uint64_t value = edx_eax();
+    bool written = true;
+    if (index == msr::efer)
+        written = write_efer(value);
+    else if (std::uint64_t* held = held_msr(index); held == nullptr)
+        written = environment_->write_msr(index, value);
+    else if (valid_msr(index, value))
+        *held = value;
+    else
+        written = false;
+    return written ? done() : general_protection();
+}
+
+/// LMA follows LME and CR0.PG and is not written; paging is on, so LME cannot change.
+bool Executor::write_efer(std::uint64_t value) {
+    value = (value & ~efer::lma) | (cpu_->efer & efer::lma);
+    const std::uint64_t changed = cpu_->efer ^ value;
+    if ((value & ~(efer::sce | efer::lme | efer::lma | efer::nxe)) != 0 || (changed & efer::lme) != 0)
+        return false;
+    if ((changed & efer::nxe) != 0 && (environment_->cpuid(0x8000'0001, 0).edx & cpuid::nx) == 0)
+        return false;
+    cpu_->efer = value;
+    if ((changed & efer::nxe) != 0)
+        environment_->paging_changed({PagingChange::mode, {}, current_pcid()});
+    return true;
+}
+
+Emulation Executor::read_tsc() {
+    if (cpu_->cpl != 0 && (cpu_->cr4 & cr4::tsd) != 0)
+        return general_protection();
+    set_edx_eax(environment_->read_tsc());
+    if (instruction_.mnemonic == ZYDIS_MNEMONIC_RDTSCP)
+        reg(Gpr::rcx) = static_cast<std::uint32_t>(cpu_->tsc_aux);
+    return done();
+}
+
+Emulation Executor::set_xcr() {
+    if ((cpu_->cr4 & cr4::osxsave) == 0)
+        return invalid_opcode();
+    const bool xcr0 = static_cast<std::uint32_t>(reg(Gpr::rcx)) == 0;
+    if (!privileged() || !xcr0 || !environment_->write_xcr0(edx_eax()))
+        return general_protection();
+    return done();
+}
+
+/// STAC and CLAC.
+Emulation Executor::access_flag() {
+    if ((environment_->cr4_allowed() & cr4::smap) == 0 || !privileged())
+        return invalid_opcode();
+    if (instruction_.mnemonic == ZYDIS_MNEMONIC_STAC)
+        cpu_->rflags |= rflags::alignment_check;
+    else
+        cpu_->rflags &= ~rflags::alignment_check;
+    return done();
+}
+
+} // namespace
+
+Emulation emulate(VirtualCpu& cpu, const GuestSpace& space, CpuEnvironment& environment) {
+    if ((cpu.efer & efer::lma) == 0)
+        return Unsupported{"a CPU that is not in long mode"};
+    return Executor(cpu, space, environment).run();
+}
+
+/// Intel SDM vol. 2B, SYSCALL. From compatibility mode it goes to CSTAR, as AMD's CPUs do; Intel's raise #UD
+/// before this is reached.
+std::optional<Exception> emulate_syscall(VirtualCpu& cpu, GuestVirt return_rip) {
+    if ((cpu.efer & efer::sce) == 0) {
+        constexpr unsigned length = 2;
+        cpu.rip = return_rip.value() - length;
+        return Exception::invalid_opcode();
+    }
+    const auto base = static_cast<std::uint16_t>(cpu.star >> 32);
+    const std::uint64_t saved_rflags = cpu.rflags & ~rflags::resume;
+    cpu[Gpr::rcx] = return_rip.value();
+    cpu[Gpr::r11] = saved_rflags;
+    cpu.rflags = (saved_rflags & ~cpu.fmask) | rflags::fixed;
+    cpu.rip = cpu.cs.long_mode ? cpu.lstar : cpu.cstar;
+    cpu.cs = flat_code_segment(selector::error_code(base), 0, true);
+    cpu.ss = flat_stack_segment(static_cast<std::uint16_t>(selector::error_code(base) + 8), 0);
+    cpu.cpl = 0;
+    return std::nullopt;
+}
+
+} // namespace umbra

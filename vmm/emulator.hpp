@@ -1,0 +1,119 @@
+// The emulator of privileged and sensitive instructions: what the guest's CPU would have done where the
+// machine, at its CPL 3, trapped.
+//
+// Every instruction that must trap to be virtualised is here, and nothing else: arithmetic, moves and calls
+// run natively. Semantics: Intel SDM vol. 2; long mode (64-bit and compatibility mode) only.
+#pragma once
+
+#include "vmm/cpu.hpp"
+#include "vmm/delivery.hpp"
+#include "vmm/guest_space.hpp"
+
+#include <string_view>
+#include <variant>
+
+namespace umbra {
+
+/// A change to how addresses translate, told to the shadow MMU after the CPU's state was changed
+/// (Intel SDM vol. 3A, 4.10.4.1).
+struct PagingChange {
+    enum Kind : std::uint8_t {
+        cr3_load,          ///< CR3 loaded: its non-global translations are gone
+        cr3_load_no_flush, ///< CR3 loaded with bit 63: nothing is gone (CR4.PCIDE only)
+        mode,              ///< CR0.WP, CR4.SMEP, SMAP or PKE, or EFER.NXE changed: other rights from now on
+        page,              ///< one address: its translation in `pcid`, and a global one
+        context,           ///< all non-global translations of `pcid`
+        all_contexts,      ///< all non-global translations
+        everything,        ///< all translations, global ones too
+    };
+    Kind kind = everything;
+    GuestVirt address;
+    std::uint16_t pcid = 0; ///< the current one for INVLPG; another by INVPCID
+};
+
+struct CpuidResult {
+    std::uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+/// What a CPU is connected to, and what it offers.
+class CpuEnvironment {
+  public:
+    CpuEnvironment() = default;
+    CpuEnvironment(const CpuEnvironment&) = delete;
+    CpuEnvironment(CpuEnvironment&&) = delete;
+    CpuEnvironment& operator=(const CpuEnvironment&) = delete;
+    CpuEnvironment& operator=(CpuEnvironment&&) = delete;
+    virtual ~CpuEnvironment() = default;
+
+    /// Port I/O of `size` 1, 2 or 4 bytes; never called for a port that kernel_owns().
+    [[nodiscard]] virtual std::uint32_t port_read(std::uint16_t port, unsigned size) = 0;
+    virtual void port_write(std::uint16_t port, unsigned size, std::uint32_t value) = 0;
+    /// Whether a device inside KVM answers at `port`, so that only the machine itself can do the access.
+    [[nodiscard]] virtual bool kernel_owns(std::uint16_t port) = 0;
+
+    /// Model-specific registers that VirtualCpu does not hold. nullopt or false: no such register, or a value
+    /// that it refuses; the guest gets #GP(0).
+    [[nodiscard]] virtual std::optional<std::uint64_t> read_msr(std::uint32_t index) = 0;
+    [[nodiscard]] virtual bool write_msr(std::uint32_t index, std::uint64_t value) = 0;
+    /// False: #GP(0).
+    [[nodiscard]] virtual bool write_xcr0(std::uint64_t value) = 0;
+    [[nodiscard]] virtual std::uint64_t read_tsc() = 0;
+
+    virtual void paging_changed(const PagingChange& change) = 0;
+
+    [[nodiscard]] virtual CpuidResult cpuid(std::uint32_t leaf, std::uint32_t subleaf) = 0;
+    /// MAXPHYADDR.
+    [[nodiscard]] virtual unsigned physical_bits() = 0;
+    /// The CR4 bits that the guest may set; any other is #GP(0).
+    [[nodiscard]] virtual std::uint64_t cr4_allowed() = 0;
+};
+
+/// What became of an instruction. RIP has advanced and RFLAGS.RF is clear unless said otherwise; a trap for
+/// RFLAGS.TF is the caller's affair.
+namespace emulated {
+
+/// Executed. RIP stays if a repeated string instruction has more to do: resume, and it traps again.
+struct Done {
+    /// No interrupt may be taken before the next instruction (STI that set IF, MOV or POP to SS).
+    bool interrupt_shadow = false;
+};
+/// To be delivered with deliver(Event::of(…)). RIP is still at the instruction, all its faults being such.
+struct Raised {
+    Exception exception;
+};
+/// INT n, INT3, INT1: to be delivered. RIP is after the instruction.
+struct SoftwareEvent {
+    Event event;
+};
+/// HLT: cpu.halted is set. `STI; HLT` is executed in one go, RIP after both.
+struct Halted {};
+/// IN or OUT at a port that an in-kernel device owns: not executed, but RIP has advanced. The machine shall
+/// do it with AL, AX or EAX by `size`; a read of 4 bytes clears the upper half of RAX.
+struct PortAccess {
+    std::uint16_t port;
+    std::uint8_t size; ///< 1, 2 or 4
+    bool write;
+};
+/// A privileged instruction, or a form of one, that umbra cannot emulate. RIP is still at it. The text is
+/// static.
+struct Unsupported {
+    std::string_view what;
+};
+/// Not an instruction whose trap is umbra's doing (or none at all): the original exception belongs to the
+/// guest. Nothing has changed.
+struct NotSensitive {};
+
+} // namespace emulated
+
+using Emulation = std::variant<emulated::Done, emulated::Raised, emulated::SoftwareEvent, emulated::Halted,
+                               emulated::PortAccess, emulated::Unsupported, emulated::NotSensitive>;
+
+/// Emulates the instruction at RIP. `space` must be of the CPU's current paging state; it is stale after a
+/// paging_changed(). Of a repeated string instruction, a bounded number of elements is done in one call.
+[[nodiscard]] Emulation emulate(VirtualCpu& cpu, const GuestSpace& space, CpuEnvironment& environment);
+
+/// SYSCALL, which may reach the monitor by other ways than a trap at the instruction. `return_rip` is the
+/// address after it. When #UD is returned (EFER.SCE is 0), RIP is at the two-byte instruction.
+[[nodiscard]] std::optional<Exception> emulate_syscall(VirtualCpu& cpu, GuestVirt return_rip);
+
+} // namespace umbra

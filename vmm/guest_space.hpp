@@ -1,0 +1,51 @@
+// Guest-virtual memory as the virtual CPU's own microcode would access it: descriptor tables, stacks, code
+// bytes.
+#pragma once
+
+#include "shadow/guest_walk.hpp"
+#include "vmm/cpu.hpp"
+
+#include <concepts>
+#include <cstring>
+#include <optional>
+#include <span>
+
+namespace umbra {
+
+/// Accesses by the guest's own page tables, page by page; accessed and dirty bits are set as the CPU would.
+/// A view: cheap to make for one operation from the CPU's current paging state.
+class GuestSpace {
+  public:
+    GuestSpace(const GuestMemory& memory, const GuestPaging& paging) : memory_(&memory), paging_(paging) {}
+
+    /// Reads all of `into` or returns the exception that the access raises: #PF, or #GP for a non-canonical
+    /// address. Bytes outside RAM read as all-ones.
+    [[nodiscard]] std::optional<Exception> read(GuestVirt at, std::span<std::byte> into,
+                                                Access access = {}) const;
+    /// Writes all of `from` or, when an exception is returned, nothing: every page is checked before the
+    /// first store. Bytes outside RAM are dropped. `access.write` is implied.
+    [[nodiscard]] std::optional<Exception> write(GuestVirt at, std::span<const std::byte> from,
+                                                 Access access = {}) const;
+
+    template<class T>
+    requires(!std::convertible_to<T&, std::span<const std::byte>>)
+        [[nodiscard]] std::optional<Exception> read(GuestVirt at, T& value, Access access = {}) const {
+        return read(at, std::as_writable_bytes(std::span(&value, 1)), access);
+    }
+    template<class T>
+    requires(!std::convertible_to<const T&, std::span<const std::byte>>)
+        [[nodiscard]] std::optional<Exception> write(GuestVirt at, const T& value, Access access = {}) const {
+        return write(at, std::as_bytes(std::span(&value, 1)), access);
+    }
+    /// Up to into.size() instruction bytes; fewer if a page cannot be fetched from. Returns how many. Sets
+    /// nothing.
+    [[nodiscard]] std::size_t peek(GuestVirt at, std::span<std::byte> into) const;
+
+    [[nodiscard]] const GuestPaging& paging() const { return paging_; }
+
+  private:
+    const GuestMemory* memory_;
+    GuestPaging paging_;
+};
+
+} // namespace umbra

@@ -1,0 +1,498 @@
+#include "vmm/kvm/kvm.hpp"
+
+#include "vmm/error.hpp"
+#include "vmm/kvm/abi.hpp"
+
+#include <fcntl.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include <fmt/format.h>
+
+namespace umbra {
+namespace {
+
+[[noreturn]] void fail(const char* what) {
+    throw StartupError(ExitCode::host_cannot, fmt::format("{}: {}", what, std::strerror(errno)));
+}
+
+template<class Argument>
+int control(const File& file, unsigned long request, Argument argument) {
+    int result = 0;
+    do
+        result = ::ioctl(file.get(), request, argument);
+    while (result < 0 && errno == EINTR);
+    return result;
+}
+
+template<class Argument>
+int must(const File& file, const char* name, unsigned long request, Argument argument) {
+    const int result = control(file, request, argument);
+    if (result < 0)
+        fail(name);
+    return result;
+}
+
+/// A KVM structure with a trailing array, e.g. kvm_cpuid2 with its entries.
+template<class Header, class Element>
+class WithArray {
+  public:
+    explicit WithArray(std::size_t count) : storage_((sizeof(Header) + count * sizeof(Element)) / 8 + 1) {}
+    Header* operator->() { return get(); }
+    Header* get() { return reinterpret_cast<Header*>(storage_.data()); }
+
+  private:
+    std::vector<std::uint64_t> storage_;
+};
+using CpuidList = WithArray<kvm_cpuid2, kvm_cpuid_entry2>;
+using MsrList = WithArray<kvm_msrs, kvm_msr_entry>;
+
+kvm_segment to_kvm(const Segment& segment) {
+    kvm_segment out{};
+    out.base = segment.base;
+    out.limit = segment.limit;
+    out.selector = segment.selector;
+    out.type = segment.type;
+    out.present = segment.present;
+    out.dpl = segment.dpl;
+    out.db = segment.default_32;
+    out.s = !segment.system;
+    out.l = segment.long_mode;
+    out.g = segment.granularity;
+    out.avl = segment.available;
+    out.unusable = !segment.present;
+    return out;
+}
+
+Segment from_kvm(const kvm_segment& segment) {
+    Segment out;
+    out.selector = segment.selector;
+    out.base = segment.base;
+    out.limit = segment.limit;
+    out.type = segment.type;
+    out.dpl = segment.dpl;
+    out.present = segment.present != 0 && segment.unusable == 0;
+    out.system = segment.s == 0;
+    out.long_mode = segment.l != 0;
+    out.default_32 = segment.db != 0;
+    out.granularity = segment.g != 0;
+    out.available = segment.avl != 0;
+    return out;
+}
+
+kvm_segment& segment_of(kvm_sregs& sregs, SegmentName name) {
+    switch (name) {
+    case SegmentName::cs:
+        return sregs.cs;
+    case SegmentName::ss:
+        return sregs.ss;
+    case SegmentName::ds:
+        return sregs.ds;
+    case SegmentName::es:
+        return sregs.es;
+    case SegmentName::fs:
+        return sregs.fs;
+    case SegmentName::gs:
+        return sregs.gs;
+    case SegmentName::tr:
+        return sregs.tr;
+    case SegmentName::ldt:
+        return sregs.ldt;
+    }
+    __builtin_unreachable();
+}
+
+/// kvm_regs in the order of instruction encoding.
+template<class Regs>
+auto gpr_slots(Regs& regs) {
+    return std::array{&regs.rax, &regs.rcx, &regs.rdx, &regs.rbx, &regs.rsp, &regs.rbp, &regs.rsi, &regs.rdi,
+                      &regs.r8,  &regs.r9,  &regs.r10, &regs.r11, &regs.r12, &regs.r13, &regs.r14, &regs.r15};
+}
+
+constexpr std::uint64_t sync_general = KVM_SYNC_X86_REGS;
+constexpr std::uint64_t sync_system = KVM_SYNC_X86_SREGS;
+
+} // namespace
+
+// --- Kvm
+
+Kvm::Kvm() : file_(::open("/dev/kvm", O_RDWR | O_CLOEXEC)) {
+    if (file_.get() < 0) {
+        if (errno == ENOENT)
+            throw StartupError(
+                ExitCode::host_cannot,
+                "/dev/kvm does not exist: load kvm_amd or kvm_intel, or enable virtualization for "
+                "this machine in its firmware or its host");
+        if (errno == EACCES || errno == EPERM)
+            throw StartupError(ExitCode::host_cannot,
+                               "/dev/kvm: permission denied: become a member of the group that "
+                               "owns it (usually 'kvm') or run as root");
+        fail("open /dev/kvm");
+    }
+    if (const int version = must(file_, "KVM_GET_API_VERSION", KVM_GET_API_VERSION, 0); version != 12)
+        throw StartupError(ExitCode::host_cannot,
+                           fmt::format("KVM has API version {}, umbra needs 12", version));
+    const auto supported = control(file_, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS);
+    if (supported < 0 ||
+        (static_cast<unsigned>(supported) & (sync_general | sync_system)) != (sync_general | sync_system))
+        throw StartupError(ExitCode::host_cannot, "KVM lacks KVM_CAP_SYNC_REGS: use Linux 4.18 or newer");
+    if (control(file_, KVM_CHECK_EXTENSION, KVM_CAP_IMMEDIATE_EXIT) <= 0)
+        throw StartupError(ExitCode::host_cannot,
+                           "KVM lacks KVM_CAP_IMMEDIATE_EXIT: use Linux 4.18 or newer");
+    run_size_ = static_cast<std::size_t>(must(file_, "KVM_GET_VCPU_MMAP_SIZE", KVM_GET_VCPU_MMAP_SIZE, 0));
+
+    constexpr std::uint32_t most = 256; // KVM's own limit
+    CpuidList list(most);
+    list->nent = most;
+    must(file_, "KVM_GET_SUPPORTED_CPUID", KVM_GET_SUPPORTED_CPUID, list.get());
+    for (const kvm_cpuid_entry2& entry : std::span(list->entries, list->nent))
+        cpuid_.push_back(
+            {entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx});
+}
+
+Vm Kvm::create_vm() const {
+    return {File(must(file_, "KVM_CREATE_VM", KVM_CREATE_VM, 0)), run_size_};
+}
+
+const CpuidLeaf* Kvm::leaf(std::uint32_t function, std::uint32_t index) const {
+    for (const CpuidLeaf& candidate : cpuid_) {
+        const bool indexed = (candidate.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX) != 0;
+        if (candidate.function == function && (!indexed || candidate.index == index))
+            return &candidate;
+    }
+    return nullptr;
+}
+
+unsigned Kvm::physical_bits() const {
+    const CpuidLeaf* sizes = leaf(0x80000008);
+    return sizes != nullptr ? sizes->eax & 0xff : 36;
+}
+
+bool Kvm::gigabyte_pages() const {
+    const CpuidLeaf* features = leaf(0x80000001);
+    return features != nullptr && (features->edx & 1U << 26) != 0;
+}
+
+std::uint64_t Kvm::cr4_offered() const {
+    const CpuidLeaf* basic = leaf(1);
+    const CpuidLeaf* extended = leaf(7);
+    return umbra::cr4_offered(basic != nullptr ? basic->ecx : 0, extended != nullptr ? extended->ebx : 0,
+                              extended != nullptr ? extended->ecx : 0);
+}
+
+// --- Vm
+
+void Vm::add_memory(unsigned slot, MachinePhys base, std::span<std::byte> bytes) {
+    kvm_userspace_memory_region region{};
+    region.slot = slot;
+    region.guest_phys_addr = base.value();
+    region.memory_size = bytes.size();
+    region.userspace_addr = reinterpret_cast<std::uint64_t>(bytes.data());
+    must(file_, "KVM_SET_USER_MEMORY_REGION", KVM_SET_USER_MEMORY_REGION, &region);
+}
+
+void Vm::create_interrupt_controllers() {
+    must(file_, "KVM_CREATE_IRQCHIP", KVM_CREATE_IRQCHIP, 0);
+    kvm_pit_config pit{};
+    pit.flags = KVM_PIT_SPEAKER_DUMMY; // port 0x61 belongs to it: channel 2's gate and output
+    must(file_, "KVM_CREATE_PIT2", KVM_CREATE_PIT2, &pit);
+}
+
+Vcpu Vm::create_vcpu(unsigned id) {
+    return {File(must(file_, "KVM_CREATE_VCPU", KVM_CREATE_VCPU, static_cast<unsigned long>(id))), run_size_};
+}
+
+void Vm::set_irq_line(unsigned irq, bool level) {
+    kvm_irq_level line{};
+    line.irq = irq;
+    line.level = level ? 1 : 0;
+    (void)control(file_, KVM_IRQ_LINE, &line); // fails only for a VM without an irqchip
+}
+
+// --- Vcpu
+
+Vcpu::Vcpu(File file, std::size_t run_size) : file_(std::move(file)), run_size_(run_size) {
+    void* mapped = ::mmap(nullptr, run_size_, PROT_READ | PROT_WRITE, MAP_SHARED, file_.get(), 0);
+    if (mapped == MAP_FAILED)
+        fail("mmap of the vCPU");
+    run_ = static_cast<kvm_run*>(mapped);
+    run_->kvm_valid_regs = sync_general | sync_system;
+    must(file_, "KVM_GET_REGS", KVM_GET_REGS, &run_->s.regs.regs);
+    must(file_, "KVM_GET_SREGS", KVM_GET_SREGS, &run_->s.regs.sregs);
+}
+
+Vcpu::~Vcpu() {
+    if (file_.get() >= 0)
+        ::munmap(run_, run_size_);
+}
+
+ExitReason Vcpu::run() {
+    error_ = 0;
+    if (::ioctl(file_.get(), KVM_RUN, 0) < 0) {
+        error_ = errno;
+        return error_ == EINTR ? ExitReason::interrupted : ExitReason::other;
+    }
+    switch (run_->exit_reason) {
+    case KVM_EXIT_IO:
+        return ExitReason::port;
+    case KVM_EXIT_MMIO:
+        return ExitReason::mmio;
+    case KVM_EXIT_HLT:
+        return ExitReason::halt;
+    case KVM_EXIT_SHUTDOWN:
+        return ExitReason::shutdown;
+    case KVM_EXIT_INTR:
+        return ExitReason::interrupted;
+    case KVM_EXIT_INTERNAL_ERROR:
+        return ExitReason::internal_error;
+    default:
+        return ExitReason::other;
+    }
+}
+
+void Vcpu::request_exit() {
+    __atomic_store_n(&run_->immediate_exit, 1, __ATOMIC_RELAXED);
+}
+void Vcpu::clear_exit_request() {
+    __atomic_store_n(&run_->immediate_exit, 0, __ATOMIC_RELAXED);
+}
+
+PortExit Vcpu::port_exit() const {
+    const auto& io = run_->io;
+    auto* data = reinterpret_cast<std::byte*>(run_) + io.data_offset;
+    return {io.port, io.size, io.direction == KVM_EXIT_IO_OUT, {data, std::size_t{io.size} * io.count}};
+}
+
+MmioExit Vcpu::mmio_exit() const {
+    auto& mmio = run_->mmio;
+    return {
+        MachinePhys(mmio.phys_addr), mmio.is_write != 0, {reinterpret_cast<std::byte*>(mmio.data), mmio.len}};
+}
+
+std::string Vcpu::describe_exit() const {
+    if (error_ != 0)
+        return fmt::format("KVM_RUN failed: {}", std::strerror(error_));
+    if (run_->exit_reason == KVM_EXIT_INTERNAL_ERROR)
+        return fmt::format("KVM internal error {} (1: could not emulate an instruction)",
+                           run_->internal.suberror);
+    if (run_->exit_reason == KVM_EXIT_FAIL_ENTRY)
+        return fmt::format("KVM could not enter the machine: hardware reason {:#x}",
+                           run_->fail_entry.hardware_entry_failure_reason);
+    return fmt::format("KVM exit reason {}", run_->exit_reason);
+}
+
+void Vcpu::dirty_registers() {
+    run_->kvm_dirty_regs |= sync_general;
+}
+void Vcpu::dirty_system_registers() {
+    run_->kvm_dirty_regs |= sync_system;
+}
+
+void Vcpu::read_gprs(std::array<std::uint64_t, 16>& gpr) const {
+    const auto slots = gpr_slots(run_->s.regs.regs);
+    for (std::size_t i = 0; i < slots.size(); ++i)
+        gpr[i] = *slots[i];
+}
+
+void Vcpu::write_gprs(const std::array<std::uint64_t, 16>& gpr) {
+    const auto slots = gpr_slots(run_->s.regs.regs);
+    for (std::size_t i = 0; i < slots.size(); ++i)
+        *slots[i] = gpr[i];
+    dirty_registers();
+}
+
+void Vcpu::write_gpr(Gpr reg, std::uint64_t value) {
+    *gpr_slots(run_->s.regs.regs)[static_cast<std::size_t>(reg)] = value;
+    dirty_registers();
+}
+
+std::uint64_t Vcpu::rip() const {
+    return run_->s.regs.regs.rip;
+}
+std::uint64_t Vcpu::rsp() const {
+    return run_->s.regs.regs.rsp;
+}
+std::uint64_t Vcpu::rflags() const {
+    return run_->s.regs.regs.rflags;
+}
+
+void Vcpu::set_rip(std::uint64_t value) {
+    run_->s.regs.regs.rip = value;
+    dirty_registers();
+}
+
+void Vcpu::set_rsp(std::uint64_t value) {
+    run_->s.regs.regs.rsp = value;
+    dirty_registers();
+}
+
+void Vcpu::set_rflags(std::uint64_t value) {
+    run_->s.regs.regs.rflags = value;
+    dirty_registers();
+}
+
+std::uint64_t Vcpu::cr2() const {
+    return run_->s.regs.sregs.cr2;
+}
+std::uint64_t Vcpu::cr3() const {
+    return run_->s.regs.sregs.cr3;
+}
+std::uint64_t Vcpu::cr8() const {
+    return run_->s.regs.sregs.cr8;
+}
+
+Segment Vcpu::segment(SegmentName name) const {
+    return from_kvm(segment_of(run_->s.regs.sregs, name));
+}
+std::uint16_t Vcpu::selector(SegmentName name) const {
+    return segment_of(run_->s.regs.sregs, name).selector;
+}
+std::uint64_t Vcpu::segment_base(SegmentName name) const {
+    return segment_of(run_->s.regs.sregs, name).base;
+}
+
+void Vcpu::set_segment(SegmentName name, const Segment& value) {
+    segment_of(run_->s.regs.sregs, name) = to_kvm(value);
+    dirty_system_registers();
+}
+
+void Vcpu::set_segment_base(SegmentName name, std::uint64_t base) {
+    segment_of(run_->s.regs.sregs, name).base = base;
+    dirty_system_registers();
+}
+
+void Vcpu::set_descriptor_tables(DescriptorTable gdt, DescriptorTable idt) {
+    kvm_sregs& sregs = run_->s.regs.sregs;
+    sregs.gdt.base = gdt.base.value();
+    sregs.gdt.limit = gdt.limit;
+    sregs.idt.base = idt.base.value();
+    sregs.idt.limit = idt.limit;
+    dirty_system_registers();
+}
+
+void Vcpu::set_control(std::uint64_t cr0, std::uint64_t cr4, std::uint64_t efer) {
+    kvm_sregs& sregs = run_->s.regs.sregs;
+    sregs.cr0 = cr0;
+    sregs.cr4 = cr4;
+    sregs.efer = efer;
+    dirty_system_registers();
+}
+
+void Vcpu::set_cr3(MachineFrame root) {
+    run_->s.regs.sregs.cr3 = root.base().value();
+    dirty_system_registers();
+}
+
+void Vcpu::set_cr8(std::uint64_t value) {
+    run_->s.regs.sregs.cr8 = value;
+    dirty_system_registers();
+}
+
+void Vcpu::set_apic_base(std::uint64_t value) {
+    run_->s.regs.sregs.apic_base = value;
+    dirty_system_registers();
+}
+
+void Vcpu::store(const VirtualCpu& cpu) {
+    write_gprs(cpu.gpr);
+    set_rip(cpu.rip);
+    set_rflags(cpu.rflags);
+    set_segment(SegmentName::cs, cpu.cs);
+    set_segment(SegmentName::ss, cpu.ss);
+    set_segment(SegmentName::ds, cpu.ds);
+    set_segment(SegmentName::es, cpu.es);
+    set_segment(SegmentName::fs, cpu.fs);
+    set_segment(SegmentName::gs, cpu.gs);
+    set_segment(SegmentName::tr, cpu.tr);
+    set_segment(SegmentName::ldt, cpu.ldtr);
+    set_descriptor_tables(cpu.gdtr, cpu.idtr);
+    set_control(cpu.cr0, cpu.cr4, cpu.efer);
+    kvm_sregs& sregs = run_->s.regs.sregs;
+    sregs.cr2 = cpu.cr2;
+    sregs.cr3 = cpu.cr3;
+    sregs.cr8 = cpu.cr8;
+}
+
+void Vcpu::load(VirtualCpu& cpu) const {
+    read_gprs(cpu.gpr);
+    cpu.rip = rip();
+    cpu.rflags = rflags();
+    cpu.cs = segment(SegmentName::cs);
+    cpu.ss = segment(SegmentName::ss);
+    cpu.ds = segment(SegmentName::ds);
+    cpu.es = segment(SegmentName::es);
+    cpu.fs = segment(SegmentName::fs);
+    cpu.gs = segment(SegmentName::gs);
+    cpu.tr = segment(SegmentName::tr);
+    cpu.ldtr = segment(SegmentName::ldt);
+    const kvm_sregs& sregs = run_->s.regs.sregs;
+    cpu.gdtr = {GuestVirt(sregs.gdt.base), sregs.gdt.limit};
+    cpu.idtr = {GuestVirt(sregs.idt.base), sregs.idt.limit};
+    cpu.cr0 = sregs.cr0;
+    cpu.cr2 = sregs.cr2;
+    cpu.cr3 = sregs.cr3;
+    cpu.cr4 = sregs.cr4;
+    cpu.cr8 = sregs.cr8;
+    cpu.efer = sregs.efer;
+    cpu.cpl = cpu.ss.dpl;
+}
+
+void Vcpu::set_interrupt_shadow(bool shadow) {
+    kvm_vcpu_events events{};
+    events.flags = KVM_VCPUEVENT_VALID_SHADOW;
+    events.interrupt.shadow = shadow ? KVM_X86_SHADOW_INT_STI : 0;
+    (void)control(file_, KVM_SET_VCPU_EVENTS, &events); // nothing else is pending at a trap's exit
+}
+
+void Vcpu::halt() {
+    // A trap between STI and HLT may have left its shadow behind, in which nothing would wake the vCPU.
+    set_interrupt_shadow(false);
+    kvm_mp_state state{};
+    state.mp_state = KVM_MP_STATE_HALTED;
+    (void)control(file_, KVM_SET_MP_STATE, &state); // fails only without an irqchip; then the guest polls
+}
+
+std::optional<std::uint64_t> Vcpu::read_msr(std::uint32_t index) const {
+    MsrList list(1);
+    list->nmsrs = 1;
+    list->entries[0].index = index;
+    if (control(file_, KVM_GET_MSRS, list.get()) != 1)
+        return std::nullopt;
+    return list->entries[0].data;
+}
+
+bool Vcpu::write_msr(std::uint32_t index, std::uint64_t value) {
+    MsrList list(1);
+    list->nmsrs = 1;
+    list->entries[0].index = index;
+    list->entries[0].data = value;
+    return control(file_, KVM_SET_MSRS, list.get()) == 1;
+}
+
+bool Vcpu::write_xcr0(std::uint64_t value) {
+    kvm_xcrs xcrs{};
+    xcrs.nr_xcrs = 1;
+    xcrs.xcrs[0].value = value;
+    return control(file_, KVM_SET_XCRS, &xcrs) == 0;
+}
+
+void Vcpu::set_cpuid(std::span<const CpuidLeaf> leaves) {
+    CpuidList list(leaves.size());
+    list->nent = static_cast<std::uint32_t>(leaves.size());
+    for (std::size_t i = 0; i < leaves.size(); ++i) {
+        kvm_cpuid_entry2& entry = list->entries[i];
+        entry.function = leaves[i].function;
+        entry.index = leaves[i].index;
+        entry.flags = leaves[i].flags;
+        entry.eax = leaves[i].eax;
+        entry.ebx = leaves[i].ebx;
+        entry.ecx = leaves[i].ecx;
+        entry.edx = leaves[i].edx;
+    }
+    must(file_, "KVM_SET_CPUID2", KVM_SET_CPUID2, list.get());
+}
+
+} // namespace umbra

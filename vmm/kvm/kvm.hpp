@@ -1,0 +1,169 @@
+// KVM's API (Documentation/virt/kvm/api.rst), as far as umbra uses it: the only folder that knows ioctls.
+//
+// Reading order: Kvm (the device), Vm (memory, interrupt controllers), Vcpu (registers, running). What fails
+// while a machine is being made throws StartupError with the ioctl's name and reason; running reports by
+// value.
+#pragma once
+
+#include "shadow/address.hpp"
+#include "vmm/cpu.hpp"
+#include "vmm/kvm/file.hpp"
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+struct kvm_run;
+
+namespace umbra {
+
+/// One CPUID leaf as KVM offers it or a guest is to see it.
+struct CpuidLeaf {
+    std::uint32_t function = 0;
+    std::uint32_t index = 0;
+    std::uint32_t flags = 0; ///< KVM_CPUID_FLAG_*, passed back as they came
+    std::uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+enum class ExitReason : std::uint8_t {
+    port,           ///< KVM_EXIT_IO: see Vcpu::port_exit
+    mmio,           ///< KVM_EXIT_MMIO: see Vcpu::mmio_exit
+    halt,           ///< KVM_EXIT_HLT: no in-kernel irqchip
+    shutdown,       ///< KVM_EXIT_SHUTDOWN: triple fault of the machine
+    interrupted,    ///< a signal or request_exit
+    internal_error, ///< KVM could not go on: see Vcpu::describe_exit
+    other,          ///< anything else, and KVM_RUN's own failures: see Vcpu::describe_exit
+};
+
+struct PortExit {
+    std::uint16_t port = 0;
+    unsigned size = 0; ///< 1, 2 or 4
+    bool write = false;
+    std::span<std::byte> data; ///< one or, for string instructions, more values of `size` bytes
+};
+
+struct MmioExit {
+    MachinePhys address;
+    bool write = false;
+    std::span<std::byte> data; ///< 1 to 8 bytes
+};
+
+/// The names of the segment registers that a Vcpu can be asked for.
+enum class SegmentName : std::uint8_t { cs, ss, ds, es, fs, gs, tr, ldt };
+
+class Vcpu {
+  public:
+    Vcpu(File file, std::size_t run_size);
+    Vcpu(Vcpu&&) noexcept = default;
+    Vcpu& operator=(Vcpu&&) = delete;
+    Vcpu(const Vcpu&) = delete;
+    Vcpu& operator=(const Vcpu&) = delete;
+    ~Vcpu();
+
+    /// Runs until an exit. Registers set since the last exit take effect; a port or MMIO read's data must
+    /// have been filled in.
+    [[nodiscard]] ExitReason run();
+    /// Makes the current or next run() return `interrupted`. Async-signal-safe. A vCPU that is inside KVM_RUN
+    /// on another thread needs a signal besides.
+    void request_exit();
+    void clear_exit_request();
+
+    [[nodiscard]] PortExit port_exit() const;
+    [[nodiscard]] MmioExit mmio_exit() const;
+    /// The last exit in words, for reports.
+    [[nodiscard]] std::string describe_exit() const;
+
+    // General registers, synchronised at every exit (KVM_CAP_SYNC_REGS). Setting any makes all of them be
+    // loaded.
+    void read_gprs(std::array<std::uint64_t, 16>& gpr) const;
+    void write_gprs(const std::array<std::uint64_t, 16>& gpr);
+    void write_gpr(Gpr reg, std::uint64_t value);
+    [[nodiscard]] std::uint64_t rip() const;
+    [[nodiscard]] std::uint64_t rsp() const;
+    [[nodiscard]] std::uint64_t rflags() const;
+    void set_rip(std::uint64_t value);
+    void set_rsp(std::uint64_t value);
+    void set_rflags(std::uint64_t value);
+
+    // System registers, likewise. Setting any makes all of them be loaded, which costs more.
+    [[nodiscard]] std::uint64_t cr2() const;
+    [[nodiscard]] std::uint64_t cr3() const;
+    [[nodiscard]] Segment segment(SegmentName name) const;
+    [[nodiscard]] std::uint16_t selector(SegmentName name) const;
+    [[nodiscard]] std::uint64_t segment_base(SegmentName name) const;
+    void set_segment(SegmentName name, const Segment& value);
+    void set_segment_base(SegmentName name, std::uint64_t base);
+    void set_descriptor_tables(DescriptorTable gdt, DescriptorTable idt);
+    void set_control(std::uint64_t cr0, std::uint64_t cr4, std::uint64_t efer);
+    void set_cr3(MachineFrame root);
+    void set_cr8(std::uint64_t value);
+    [[nodiscard]] std::uint64_t cr8() const;
+    void set_apic_base(std::uint64_t value);
+
+    /// The whole state, to and from the machine: for an engine that runs the guest on the machine's own CPU.
+    void store(const VirtualCpu& cpu);
+    void load(VirtualCpu& cpu) const;
+
+    /// Whether interrupts are held back for one instruction, as after STI. Only after an exit by a port access.
+    void set_interrupt_shadow(bool shadow);
+    /// KVM_SET_MP_STATE: the vCPU sleeps until an interrupt that RFLAGS.IF admits.
+    void halt();
+
+    [[nodiscard]] std::optional<std::uint64_t> read_msr(std::uint32_t index) const;
+    [[nodiscard]] bool write_msr(std::uint32_t index, std::uint64_t value);
+    [[nodiscard]] bool write_xcr0(std::uint64_t value);
+    void set_cpuid(std::span<const CpuidLeaf> leaves);
+
+  private:
+    void dirty_registers();
+    void dirty_system_registers();
+
+    File file_;
+    kvm_run* run_ = nullptr;
+    std::size_t run_size_ = 0;
+    int error_ = 0; ///< errno of a failed KVM_RUN
+};
+
+class Vm {
+  public:
+    Vm(File file, std::size_t run_size) : file_(std::move(file)), run_size_(run_size) {}
+
+    /// Gives the machine `bytes` (page aligned, outliving the Vm) at `base`. Slots that exist before
+    /// create_irqchip cost microseconds, later ones milliseconds.
+    void add_memory(unsigned slot, MachinePhys base, std::span<std::byte> bytes);
+    /// In-kernel PIC, I/O APIC, local APICs and PIT; before any vCPU.
+    void create_interrupt_controllers();
+    [[nodiscard]] Vcpu create_vcpu(unsigned id);
+    void set_irq_line(unsigned irq, bool level);
+
+  private:
+    File file_;
+    std::size_t run_size_;
+};
+
+class Kvm {
+  public:
+    /// Opens /dev/kvm and checks what umbra needs of it; otherwise StartupError(host_cannot) says what to do.
+    Kvm();
+
+    [[nodiscard]] Vm create_vm() const;
+    [[nodiscard]] const std::vector<CpuidLeaf>& supported_cpuid() const { return cpuid_; }
+    /// MAXPHYADDR of the machines.
+    [[nodiscard]] unsigned physical_bits() const;
+    /// The machines' CPU maps 1 GB pages.
+    [[nodiscard]] bool gigabyte_pages() const;
+    /// The CR4 bits that the machines may set.
+    [[nodiscard]] std::uint64_t cr4_offered() const;
+    [[nodiscard]] const CpuidLeaf* leaf(std::uint32_t function, std::uint32_t index = 0) const;
+
+  private:
+    File file_;
+    std::size_t run_size_ = 0;
+    std::vector<CpuidLeaf> cpuid_;
+};
+
+} // namespace umbra

@@ -1,0 +1,192 @@
+#include "vmm/machine.hpp"
+
+#include "vmm/loader/memory_size.hpp"
+
+#include <cstring>
+
+#include <cpuid.h>
+
+namespace umbra {
+namespace {
+
+std::vector<HostMemory> make_ram(std::uint64_t bytes) {
+    std::vector<HostMemory> ram;
+    for (const RamRange& range : ram_ranges(bytes))
+        ram.emplace_back(range.size, HostMemory::Pages::huge, "guest memory");
+    return ram;
+}
+
+GuestMemory make_memory(std::uint64_t bytes, const std::vector<HostMemory>& ram) {
+    std::vector<GuestMemory::Region> regions;
+    for (const RamRange& range : ram_ranges(bytes))
+        regions.push_back({range.base, ram[regions.size()].bytes()});
+    return GuestMemory(std::move(regions));
+}
+
+Vm make_vm(const Kvm& kvm, const GuestMemory& memory, const MonitorMemory& monitor, bool with_monitor) {
+    Vm vm = kvm.create_vm();
+    unsigned slot = 0;
+    for (const GuestMemory::Region& region : memory.regions())
+        vm.add_memory(slot++, MachinePhys(region.base.value()), region.bytes);
+    if (with_monitor)
+        vm.add_memory(slot, monitor.base(), monitor.all());
+    vm.create_interrupt_controllers();
+    return vm;
+}
+
+Vcpu make_vcpu(const Kvm& kvm, Vm& vm) {
+    Vcpu vcpu = vm.create_vcpu(0);
+    vcpu.set_cpuid(guest_cpuid(kvm));
+    return vcpu;
+}
+
+PlatformConfig platform_config(MachineConfig& config, Vm& vm, const GuestMemory& memory) {
+    constexpr unsigned serial_irq = 4;
+    PlatformConfig platform;
+    platform.serial_output = std::move(config.serial_output);
+    platform.debug_output = std::move(config.debug_output);
+    platform.serial_interrupt = [&vm](bool level) { vm.set_irq_line(serial_irq, level); };
+    for (const GuestMemory::Region& region : memory.regions())
+        (region.base < GuestPhys(std::uint64_t{1} << 32) ? platform.low_memory : platform.high_memory) +=
+            region.bytes.size();
+    return platform;
+}
+
+} // namespace
+
+Machine::Machine(const Kvm& kvm, MachineConfig config)
+    : kvm_(kvm), ram_(make_ram(config.memory_bytes)), memory_(make_memory(config.memory_bytes, ram_)),
+      monitor_(MonitorMemory::default_base(kvm.physical_bits()), config.pool_bytes),
+      vm_(make_vm(kvm, memory_, monitor_, config.pool_bytes != 0)), vcpu_(make_vcpu(kvm, vm_)),
+      platform_(platform_config(config, vm_, memory_)) {}
+
+void Machine::complete_port_exit() {
+    const PortExit exit = vcpu_.port_exit();
+    for (std::size_t offset = 0; offset < exit.data.size(); offset += exit.size) {
+        std::uint32_t value = 0;
+        if (exit.write) {
+            std::memcpy(&value, exit.data.data() + offset, exit.size);
+            platform_.port_write(Port{exit.port}, exit.size, value);
+        } else {
+            value = port_read(exit.port, exit.size);
+            std::memcpy(exit.data.data() + offset, &value, exit.size);
+        }
+    }
+}
+
+std::uint32_t Machine::port_read(std::uint16_t port, unsigned size) {
+    const std::uint32_t value = platform_.port_read(Port{port}, size);
+    if (!waiting_input_.empty())
+        input({}); // the read may have made room
+    return value;
+}
+
+void Machine::input(std::string_view text) {
+    waiting_input_ += text;
+    waiting_input_.erase(0, platform_.receive(waiting_input_));
+}
+
+std::optional<Verdict> Machine::guest_verdict() const {
+    const auto& exit = platform_.exit();
+    if (!exit)
+        return std::nullopt;
+    switch (exit->kind) {
+    case GuestExit::Kind::debug_exit:
+        return Verdict{exit->value == 0 ? Verdict::Kind::passed : Verdict::Kind::failed, exit->value, {}};
+    case GuestExit::Kind::power_off:
+        return Verdict{Verdict::Kind::passed, 0, "the guest powered off"};
+    case GuestExit::Kind::reset:
+        return Verdict{Verdict::Kind::reset, 0, {}};
+    }
+    __builtin_unreachable();
+}
+
+void Machine::complete_mmio_exit() {
+    const MmioExit exit = vcpu_.mmio_exit();
+    const GuestPhys at(exit.address.value());
+    if (exit.write)
+        platform_.mmio_write(at, exit.data);
+    else
+        platform_.mmio_read(at, exit.data);
+}
+
+std::vector<CpuidLeaf> guest_cpuid(const Kvm& kvm) {
+    constexpr auto bit = [](unsigned number) { return std::uint32_t{1} << number; };
+    std::vector<CpuidLeaf> leaves = kvm.supported_cpuid();
+    for (CpuidLeaf& leaf : leaves) {
+        switch (leaf.function) {
+        case 1:
+            leaf.ebx = (leaf.ebx & 0xffff) | 1U << 16; // APIC ID 0, one logical processor
+            // MONITOR, VMX, PCID, x2APIC, TSC deadline: each needs what the monitor does not virtualise.
+            leaf.ecx &= ~(bit(3) | bit(5) | bit(17) | bit(21) | bit(24));
+            leaf.ecx |= bit(31); // a hypervisor is present
+            break;
+        case 7:
+            if (leaf.index == 0) {
+                leaf.ebx &= ~(bit(10) | bit(20));         // INVPCID, SMAP
+                leaf.ecx &= ~(bit(3) | bit(7) | bit(16)); // PKU, shadow stacks, LA57
+                leaf.edx &= ~(bit(20) | bit(26) | bit(27) |
+                              bit(31)); // IBT; speculation controls, whose MSRs are ours
+            }
+            break;
+        case 0x80000001:
+            leaf.ecx &= ~bit(2); // SVM
+            break;
+        case 0x40000001:
+            leaf.eax = leaf.edx = 0; // KVM's paravirtual MSRs are not forwarded
+            break;
+        default:
+            break;
+        }
+    }
+    return leaves;
+}
+
+CpuFeatures guest_features(const Kvm& kvm, bool cpuid_intercepted) {
+    const auto leaf = [&](std::uint32_t function) {
+        CpuidLeaf found;
+        if (!cpuid_intercepted)
+            __get_cpuid_count(function, 0, &found.eax, &found.ebx, &found.ecx, &found.edx);
+        else if (const CpuidLeaf* offered = kvm.leaf(function))
+            found = *offered;
+        return found;
+    };
+    CpuFeatures features;
+    features.physical_bits = leaf(0x80000008).eax & 0xff;
+    features.gigabyte_pages = (leaf(0x80000001).edx & 1U << 26) != 0;
+    features.cr4 =
+        cr4_offered(leaf(1).ecx, leaf(7).ebx, leaf(7).ecx) | cr4::umip; // which the monitor does itself
+    return features;
+}
+
+VirtualCpu boot_cpu(const LoadedKernel& kernel) {
+    VirtualCpu cpu;
+    cpu.rip = kernel.entry.value();
+    cpu[Gpr::rsp] = kernel.stack_top.value();
+    cpu[Gpr::rsi] = cpu[Gpr::rdi] = kernel.boot_params.value();
+    cpu.cr0 = cr0::pe | cr0::mp | cr0::et | cr0::ne | cr0::wp | cr0::pg;
+    cpu.cr3 = kernel.page_table_root.value();
+    cpu.cr4 = cr4::pae | cr4::osfxsr | cr4::osxmmexcpt;
+    cpu.efer = efer::lme | efer::lma | efer::nxe;
+    cpu.gdtr = {GuestVirt(kernel.gdt.value()), sizeof(boot_gdt_entries) - 1};
+
+    Segment data;
+    data.selector = boot_data_selector;
+    data.limit = 0xffff'ffff;
+    data.type = 0x3; // read/write, accessed
+    data.present = data.default_32 = data.granularity = true;
+    cpu.ds = cpu.es = cpu.fs = cpu.gs = cpu.ss = data;
+    cpu.cs = data;
+    cpu.cs.selector = boot_code_selector;
+    cpu.cs.type = 0xb; // execute/read, accessed
+    cpu.cs.long_mode = true;
+    cpu.cs.default_32 = false;
+    cpu.tr.type = 0xb; // busy TSS: what a CPU has after reset
+    cpu.tr.limit = 0xffff;
+    cpu.tr.present = cpu.tr.system = true;
+    cpu.ldtr.type = 0x2;
+    cpu.ldtr.system = true;
+    return cpu;
+}
+
+} // namespace umbra

@@ -1,0 +1,83 @@
+// The machine that a guest is run in, whichever engine runs it: RAM, platform, KVM's VM and its vCPU.
+#pragma once
+
+#include "shadow/guest_memory.hpp"
+#include "vmm/devices/platform.hpp"
+#include "vmm/host_memory.hpp"
+#include "vmm/kvm/kvm.hpp"
+#include "vmm/loader/loader.hpp"
+#include "vmm/monitor_memory.hpp"
+#include "vmm/verdict.hpp"
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace umbra {
+
+struct MachineConfig {
+    std::uint64_t memory_bytes = 0; ///< guest RAM: within parse_memory_size's bounds
+    std::size_t pool_bytes = 0;     ///< for shadow tables; 0: an engine without them
+    OutputSink serial_output;
+    OutputSink debug_output;
+};
+
+class Machine {
+  public:
+    Machine(const Kvm& kvm, MachineConfig config);
+    Machine(const Machine&) = delete;
+    Machine& operator=(const Machine&) = delete;
+    Machine(Machine&&) = delete;
+    Machine& operator=(Machine&&) = delete;
+    ~Machine() = default;
+
+    [[nodiscard]] const Kvm& kvm() const { return kvm_; }
+    [[nodiscard]] const GuestMemory& memory() const { return memory_; }
+    [[nodiscard]] MonitorMemory& monitor_memory() { return monitor_; }
+    [[nodiscard]] Platform& platform() { return platform_; }
+    [[nodiscard]] const Platform& platform() const { return platform_; }
+    [[nodiscard]] Vcpu& vcpu() { return vcpu_; }
+
+    /// Answers the vCPU's last exit, a port or an MMIO access.
+    void complete_port_exit();
+    void complete_mmio_exit();
+
+    [[nodiscard]] std::uint32_t port_read(std::uint16_t port, unsigned size);
+    void port_write(std::uint16_t port, unsigned size, std::uint32_t value) {
+        platform_.port_write(Port{port}, size, value);
+    }
+
+    /// Input for the guest's serial port; what its queue cannot take yet waits.
+    void input(std::string_view text);
+
+    /// The verdict of a guest that has ended its own run; nothing while it goes on.
+    [[nodiscard]] std::optional<Verdict> guest_verdict() const;
+
+  private:
+    const Kvm& kvm_;
+    std::vector<HostMemory> ram_;
+    GuestMemory memory_;
+    MonitorMemory monitor_;
+    Vm vm_;
+    Vcpu vcpu_;
+    Platform platform_;
+    std::string waiting_input_;
+};
+
+/// The CPUID leaves of a guest's CPU: what KVM offers, less what the monitor cannot do.
+[[nodiscard]] std::vector<CpuidLeaf> guest_cpuid(const Kvm& kvm);
+
+/// What a guest's CPU offers, where the monitor has to know it.
+struct CpuFeatures {
+    unsigned physical_bits = 0; ///< MAXPHYADDR
+    bool gigabyte_pages = false;
+    std::uint64_t cr4 = 0; ///< the bits that may be set
+};
+/// As the guest's CPUID says, which shows the host's own leaves where the host does not intercept it.
+[[nodiscard]] CpuFeatures guest_features(const Kvm& kvm, bool cpuid_intercepted);
+/// The state in which a kernel is entered; README.md documents it to guests' authors.
+[[nodiscard]] VirtualCpu boot_cpu(const LoadedKernel& kernel);
+
+} // namespace umbra

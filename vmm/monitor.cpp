@@ -1,0 +1,382 @@
+#include "vmm/monitor.hpp"
+
+#include "vmm/segmentation.hpp"
+#include "vmm/switcher_layout.h"
+
+#include <algorithm>
+
+#include <fmt/format.h>
+
+namespace umbra {
+namespace {
+
+/// Where the switcher starts out: in the hole that Linux leaves to hypervisors
+/// (Documentation/arch/x86/x86_64/mm.rst), but not in its first slot, which some hosts keep for themselves.
+constexpr unsigned first_slot = 257;
+constexpr unsigned host_slot = 256;
+
+/// KVM's I/O APIC and local APIC: mapped, KVM answers there without an exit.
+constexpr DeviceWindow io_apic{GuestPhys(0xfec0'0000).frame(), 1};
+constexpr DeviceWindow local_apic{GuestPhys(0xfee0'0000).frame(), 1};
+
+/// So often in a row may one access fault though its translation is in place, before the machine is taken for
+/// blind.
+constexpr unsigned fill_patience = 16;
+
+constexpr std::uint8_t first_interrupt = 32;
+
+MmuConfig mmu_config(const Machine& machine, const HostTraits& traits) {
+    MmuConfig config;
+    config.devices = {io_apic, local_apic};
+    config.nothing = MonitorMemory::nothing(machine.kvm().physical_bits());
+    config.gigabyte_pages = machine.kvm().gigabyte_pages();
+    config.stores_seen = traits.stores_seen;
+    config.first_slot = first_slot;
+    config.usable_slots[host_slot] = false;
+    return config;
+}
+
+/// Vectors for which the CPU pushes an error code (Intel SDM vol. 3A, 6.13).
+bool pushes_error_code(std::uint8_t vector) {
+    return vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21;
+}
+
+/// MSRs whose writes KVM's own model of the CPU may have.
+bool may_write_msr(std::uint32_t index) {
+    constexpr std::uint32_t tsc = 0x10, tsc_adjust = 0x3b, microcode = 0x8b, misc_enable = 0x1a0,
+                            hwcr = 0xc0010015;
+    constexpr std::uint32_t mtrr_first = 0x200, mtrr_last = 0x2ff, machine_check_first = 0x400,
+                            machine_check_last = 0x47f;
+    return index == tsc || index == tsc_adjust || index == microcode || index == misc_enable ||
+           index == hwcr || (index >= mtrr_first && index <= mtrr_last) ||
+           (index >= machine_check_first && index <= machine_check_last);
+}
+
+template<class... Cases>
+struct Overloaded : Cases... {
+    using Cases::operator()...;
+};
+template<class... Cases>
+Overloaded(Cases...) -> Overloaded<Cases...>;
+
+} // namespace
+
+Monitor::Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& boot)
+    : Engine(machine, boot, traits.cpuid_intercepted), traits_(traits),
+      pool_(machine.monitor_memory().pool_base().frame(), machine.monitor_memory().pool()),
+      region_(machine.monitor_memory(), 1), switcher_(region_, machine.vcpu(), traits, 0),
+      mmu_(machine.memory(), pool_, mmu_config(machine, traits), region_.root_entry()),
+      cpuid_(guest_cpuid(machine.kvm())), machine_cr4_allowed_(machine.kvm().cr4_offered()),
+      placed_slot_(first_slot) {
+    switcher_.place(placed_slot_);
+    mmu_.set_paging(paging());
+    refresh_control();
+}
+
+Verdict Monitor::run(RunControl& control) {
+    Vcpu& vcpu = machine_.vcpu();
+    control.attach(vcpu);
+    enter();
+    Step verdict;
+    while (!verdict)
+        verdict = handle_exit(vcpu.run(), control);
+    control.detach();
+    return *verdict;
+}
+
+/// Puts the virtual CPU's state into the machine, which then only needs to be run.
+void Monitor::enter() {
+    const MachineFrame root = mmu_.root(cpu_.cpl == 3);
+    if (placed_slot_ != mmu_.reserved_slot()) {
+        placed_slot_ = mmu_.reserved_slot();
+        switcher_.place(placed_slot_);
+    }
+    const bool sleeping = cpu_.halted && mmu_.debt().none(); // with a debt: wakes at once, as a CPU may
+    switcher_.enter(cpu_, root, mmu_.debt(), pool_, std::exchange(native_access_, std::nullopt));
+    mmu_.debt_paid();
+    if (sleeping)
+        machine_.vcpu().halt();
+}
+
+Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
+    Vcpu& vcpu = machine_.vcpu();
+    start_ = timestamp();
+    detail_ = 0;
+    const bool in_ring0 = (vcpu.selector(SegmentName::cs) & 3) == 0;
+    trap_cpl_ = cpu_.cpl;
+    switch (reason) {
+    case ExitReason::port: {
+        const PortExit exit = vcpu.port_exit();
+        if (exit.port == TRAP_PORT && in_ring0) {
+            if (Step verdict = handle_trap(switcher_.leave(cpu_)))
+                return verdict;
+            enter();
+            break;
+        }
+        if (!in_ring0)
+            (void)switcher_.leave(cpu_);
+        trap_rip_ = GuestVirt(cpu_.rip);
+        machine_.complete_port_exit();
+        record(start_, exit.write ? TrapReason::port_write : TrapReason::port_read, TrapAction::device,
+               exit.port);
+        if (auto verdict = machine_.guest_verdict())
+            return verdict;
+        break;
+    }
+    case ExitReason::mmio: {
+        (void)switcher_.leave(cpu_);
+        trap_rip_ = GuestVirt(cpu_.rip);
+        const bool write = vcpu.mmio_exit().write;
+        machine_.complete_mmio_exit();
+        record(start_, write ? TrapReason::mmio_write : TrapReason::mmio_read, TrapAction::device);
+        break;
+    }
+    case ExitReason::interrupted:
+        if (!in_ring0)
+            (void)switcher_.leave(cpu_);
+        trap_rip_ = GuestVirt(cpu_.rip);
+        record(start_, TrapReason::signal, TrapAction::attend);
+        break;
+    case ExitReason::shutdown:
+        return Verdict{Verdict::Kind::host_failed, 0, "the machine shut down under the switcher"};
+    case ExitReason::halt:
+    case ExitReason::internal_error:
+    case ExitReason::other:
+        return Verdict{Verdict::Kind::host_failed, 0, vcpu.describe_exit()};
+    }
+    return control.pending() ? attend(control) : std::nullopt;
+}
+
+Monitor::Step Monitor::handle_trap(const Trap& trap) {
+    trap_rip_ = GuestVirt(cpu_.rip);
+    cpu_.halted = false;
+    switch (trap.kind) {
+    case Trap::Kind::syscall:
+        last_fill_ = {};
+        return handle_syscall();
+    case Trap::Kind::vector:
+        break;
+    case Trap::Kind::none:
+    case Trap::Kind::broken:
+        return Verdict{Verdict::Kind::host_failed, 0,
+                       fmt::format("the switcher faulted: vector {}, address {}", trap.vector, trap.address)};
+    }
+    if (trap.vector == static_cast<std::uint8_t>(Vector::page_fault) && trap.error_code)
+        return handle_page_fault(trap);
+    last_fill_ = {};
+    // A guest may have left the interrupt controller at vectors that are exceptions' too: these come without
+    // error code.
+    if (trap.vector >= first_interrupt || (pushes_error_code(trap.vector) && !trap.error_code))
+        return deliver_event(Event::external(trap.vector), TrapReason::interrupt);
+    return handle_exception(trap);
+}
+
+// --- Page faults
+
+Monitor::Step Monitor::handle_page_fault(const Trap& trap) {
+    const Access access{.write = (*trap.error_code & PageFault::write) != 0,
+                        .fetch = (*trap.error_code & PageFault::fetch) != 0,
+                        .user = cpu_.cpl == 3};
+    detail_ = *trap.error_code;
+    const MissResult miss = mmu_.fault(trap.address, access);
+    switch (miss.outcome) {
+    case Miss::filled:
+        record(start_, TrapReason::page_fault, TrapAction::fill, detail_, trap.vector, trap.address);
+        if (last_fill_.address != trap.address) {
+            last_fill_ = {trap.address};
+        } else if (++last_fill_.times == fill_patience) {
+            mmu_.reset();
+        } else if (last_fill_.times > 2 * fill_patience) {
+            return Verdict{Verdict::Kind::host_failed, 0,
+                           fmt::format("the machine does not see the translation of {}", trap.address)};
+        }
+        return std::nullopt;
+    case Miss::guest_fault:
+        last_fill_ = {};
+        if (miss.trapped_user_fetch)
+            return finish_user_entry();
+        return deliver_event(Event::of(Exception::page_fault(miss.fault)), TrapReason::page_fault);
+    case Miss::no_slot:
+        return Verdict{
+            Verdict::Kind::stopped, 0,
+            "the guest uses all 512 entries of its top-level page table: no room for the switcher"};
+    }
+    __builtin_unreachable();
+}
+
+/// Whether the guest's GDT has its programs' code at a selector that is valid in the host's GDT, so that
+/// `iretq` to it succeeds without a trap.
+bool Monitor::has_untrapped_user_code() {
+    if (traits_.own_gdt)
+        return false;
+    Segment code;
+    return !read_descriptor(cpu_, space(), Switcher::host_user_code, code) && code.present && is_code(code) &&
+           code.dpl == 3;
+}
+
+/// The guest's kernel has gone to its programs by an `iretq` that did not trap; this fetch did.
+Monitor::Step Monitor::finish_user_entry() {
+    cpu_.cs = flat_code_segment(Switcher::host_user_code, 3, true);
+    cpu_.ss = flat_stack_segment(Switcher::host_user_data, 3);
+    cpu_.cpl = 3;
+    cpu_.rflags |= rflags::interrupt; // the flags it loaded are lost; programs run with interrupts enabled
+    record(start_, TrapReason::instruction, TrapAction::emulate);
+    return std::nullopt;
+}
+
+// --- Instructions and events
+
+Monitor::Step Monitor::handle_exception(const Trap& trap) {
+    const bool stepping = (cpu_.rflags & rflags::trap) != 0;
+    Event original{trap.vector, EventKind::exception, trap.error_code, trap.address};
+    switch (static_cast<Vector>(trap.vector)) {
+    case Vector::invalid_opcode:
+    case Vector::invalid_tss:
+    case Vector::segment_not_present:
+    case Vector::stack_fault:
+    case Vector::general_protection:
+        break; // perhaps an instruction that only the machine's CPL 3 refuses
+    case Vector::debug:
+        if (stepping)
+            cpu_.dr6 |= std::uint64_t{1} << 14; // BS
+        return deliver_event(original, TrapReason::exception);
+    case Vector::breakpoint:
+    case Vector::overflow:
+        original.kind = EventKind::software_exception; // its gate's privilege is checked
+        original.instruction_length = 1;
+        return deliver_event(original, TrapReason::exception);
+    case Vector::nmi:
+        original.kind = EventKind::external_interrupt;
+        return deliver_event(original, TrapReason::interrupt);
+    case Vector::alignment_check:
+    case Vector::divide_error:
+    case Vector::bound:
+    case Vector::device_not_available:
+    case Vector::double_fault:
+    case Vector::page_fault:
+    case Vector::x87:
+    case Vector::machine_check:
+    case Vector::simd:
+        return deliver_event(original, TrapReason::exception);
+    }
+
+    const DescriptorTable gdtr = cpu_.gdtr;
+    const Emulation emulation = emulate(cpu_, space(), *this);
+    return std::visit(
+        Overloaded{
+            [&](const emulated::Done& done) -> Step {
+                if (done.interrupt_shadow)
+                    machine_.vcpu().set_interrupt_shadow(true);
+                refresh_control();
+                if (cpu_.gdtr.base != gdtr.base || cpu_.gdtr.limit != gdtr.limit)
+                    mmu_.set_trap_user_fetch(has_untrapped_user_code());
+                record(start_, TrapReason::instruction, TrapAction::emulate);
+                if (auto verdict = machine_.guest_verdict())
+                    return verdict;
+                if (!stepping)
+                    return std::nullopt;
+                cpu_.dr6 |= std::uint64_t{1} << 14; // BS
+                return deliver_event(Event::of({Vector::debug, std::nullopt, {}}), TrapReason::exception);
+            },
+            [&](const emulated::Raised& raised) -> Step {
+                return deliver_event(Event::of(raised.exception), TrapReason::instruction);
+            },
+            [&](const emulated::SoftwareEvent& software) -> Step {
+                return deliver_event(software.event, TrapReason::instruction);
+            },
+            [&](const emulated::Halted&) -> Step {
+                machine_.platform().flush();
+                record(start_, TrapReason::instruction, TrapAction::halt);
+                return std::nullopt;
+            },
+            [&](const emulated::PortAccess& access) -> Step {
+                native_access_ = NativePortAccess{access.port, access.size, access.write};
+                record(start_, access.write ? TrapReason::port_write : TrapReason::port_read,
+                       TrapAction::machine, access.port);
+                return std::nullopt;
+            },
+            [&](const emulated::Unsupported& unsupported) -> Step {
+                return Verdict{Verdict::Kind::stopped, 0,
+                               fmt::format("umbra does not emulate this instruction: {}", unsupported.what)};
+            },
+            [&](const emulated::NotSensitive&) -> Step {
+                return deliver_event(original, TrapReason::exception);
+            },
+        },
+        emulation);
+}
+
+Monitor::Step Monitor::handle_syscall() {
+    if (const auto exception = emulate_syscall(cpu_, GuestVirt(cpu_.rip)))
+        return deliver_event(Event::of(*exception), TrapReason::syscall);
+    record(start_, TrapReason::syscall, TrapAction::enter);
+    return std::nullopt;
+}
+
+Monitor::Step Monitor::deliver_event(const Event& event, TrapReason reason) {
+    const Delivery delivery = deliver(cpu_, space(), event);
+    record(start_, reason, delivery.outcome == Delivery::delivered ? TrapAction::deliver : TrapAction::stop,
+           event.error_code.value_or(0), event.vector, event.address);
+    switch (delivery.outcome) {
+    case Delivery::delivered:
+        return std::nullopt;
+    case Delivery::triple_fault:
+        return Verdict{Verdict::Kind::triple_fault, 0,
+                       fmt::format("while vector {} was delivered", event.vector)};
+    case Delivery::unsupported:
+        return Verdict{Verdict::Kind::stopped, 0, "the guest left long mode, which umbra does not support"};
+    }
+    __builtin_unreachable();
+}
+
+/// Tells the machine of control-register bits that it honours by itself.
+void Monitor::refresh_control() {
+    if (cpu_.cr0 == machine_cr0_ && cpu_.cr4 == machine_cr4_)
+        return;
+    machine_cr0_ = cpu_.cr0;
+    machine_cr4_ = cpu_.cr4;
+    switcher_.set_control(cpu_, machine_cr4_allowed_);
+}
+
+// --- The virtual CPU's surroundings
+
+void Monitor::paging_changed(const PagingChange& change) {
+    mmu_.set_paging(paging());
+    switch (change.kind) {
+    case PagingChange::page:
+        mmu_.invalidate(change.address);
+        return;
+    case PagingChange::cr3_load_no_flush:
+    case PagingChange::cr3_load:
+    case PagingChange::mode:
+    case PagingChange::context:
+    case PagingChange::all_contexts:
+    case PagingChange::everything:
+        mmu_.flush();
+        mmu_.set_trap_user_fetch(has_untrapped_user_code());
+        return;
+    }
+}
+
+std::optional<std::uint64_t> Monitor::read_msr(std::uint32_t index) {
+    return machine_.vcpu().read_msr(index);
+}
+
+bool Monitor::write_msr(std::uint32_t index, std::uint64_t value) {
+    constexpr std::uint32_t apic_base = 0x1b;
+    if (index == apic_base) // the window is fixed
+        return machine_.vcpu().read_msr(apic_base) == value;
+    return may_write_msr(index) && machine_.vcpu().write_msr(index, value);
+}
+
+CpuidResult Monitor::cpuid(std::uint32_t leaf, std::uint32_t subleaf) {
+    for (const CpuidLeaf& candidate : cpuid_) {
+        constexpr std::uint32_t index_matters = 1;
+        if (candidate.function == leaf &&
+            ((candidate.flags & index_matters) == 0 || candidate.index == subleaf))
+            return {candidate.eax, candidate.ebx, candidate.ecx, candidate.edx};
+    }
+    return {};
+}
+
+} // namespace umbra

@@ -1,0 +1,77 @@
+// The monitor: runs a guest deprivileged on shadow page tables, and decides what each trap means.
+//
+// Reading order: run (the loop), handle_trap (the life of a trap), then the kinds of traps one by one.
+#pragma once
+
+#include "shadow/mmu.hpp"
+#include "vmm/emulator.hpp"
+#include "vmm/engine.hpp"
+#include "vmm/switcher.hpp"
+#include "vmm/traits.hpp"
+
+#include <optional>
+
+namespace umbra {
+
+class Monitor final : public Engine, private CpuEnvironment {
+  public:
+    /// `machine` has a pool for shadow tables.
+    Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& boot);
+
+    [[nodiscard]] Verdict run(RunControl& control) override;
+    [[nodiscard]] Mmu* mmu() override { return &mmu_; }
+
+  private:
+    // What one trap leads to: nothing (go on), or the end of the run.
+    using Step = std::optional<Verdict>;
+
+    Step handle_exit(ExitReason reason, RunControl& control);
+    Step handle_trap(const Trap& trap);
+    Step handle_page_fault(const Trap& trap);
+    Step handle_exception(const Trap& trap);
+    Step handle_syscall();
+    Step deliver_event(const Event& event, TrapReason reason);
+    Step finish_user_entry();
+    void enter();
+    void refresh_control();
+    [[nodiscard]] bool has_untrapped_user_code();
+
+    // The virtual CPU's surroundings.
+    std::uint32_t port_read(std::uint16_t port, unsigned size) override {
+        return machine_.port_read(port, size);
+    }
+    void port_write(std::uint16_t port, unsigned size, std::uint32_t value) override {
+        machine_.port_write(port, size, value);
+    }
+    bool kernel_owns(std::uint16_t port) override { return Platform::kvm_owns(Port{port}); }
+    std::optional<std::uint64_t> read_msr(std::uint32_t index) override;
+    bool write_msr(std::uint32_t index, std::uint64_t value) override;
+    bool write_xcr0(std::uint64_t value) override { return machine_.vcpu().write_xcr0(value); }
+    std::uint64_t read_tsc() override { return timestamp(); }
+    void paging_changed(const PagingChange& change) override;
+    CpuidResult cpuid(std::uint32_t leaf, std::uint32_t subleaf) override;
+    unsigned physical_bits() override { return features_.physical_bits; }
+    std::uint64_t cr4_allowed() override { return features_.cr4; }
+
+    [[nodiscard]] GuestSpace space() const { return {machine_.memory(), paging()}; }
+
+    HostTraits traits_;
+    TablePool pool_;
+    SwitcherRegion region_;
+    Switcher switcher_;
+    Mmu mmu_;
+    std::vector<CpuidLeaf> cpuid_;
+    std::uint64_t machine_cr4_allowed_; ///< what KVM lets the machine have
+    unsigned placed_slot_;
+    std::uint64_t machine_cr0_ = 0, machine_cr4_ = 0; ///< the guest's, as last told to the switcher
+    std::optional<NativePortAccess> native_access_;   ///< to be made at the next entry
+
+    std::uint64_t start_ = 0;  ///< of the current trap
+    std::uint32_t detail_ = 0; ///< for its record
+    struct {
+        GuestVirt address;
+        unsigned times = 0; ///< in a row
+    } last_fill_;           ///< to notice a machine that does not see what was filled
+};
+
+} // namespace umbra

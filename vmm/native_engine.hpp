@@ -1,0 +1,18 @@
+// The native engine: the guest at ring 0 of the machine, on KVM's own MMU. The oracle that the shadow engine
+// is compared with; on a host that interprets ring 0, slow and incomplete.
+#pragma once
+
+#include "vmm/engine.hpp"
+
+namespace umbra {
+
+class NativeEngine final : public Engine {
+  public:
+    using Engine::Engine;
+    [[nodiscard]] Verdict run(RunControl& control) override;
+
+  private:
+    std::optional<Verdict> handle(ExitReason reason, RunControl& control);
+};
+
+} // namespace umbra

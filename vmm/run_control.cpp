@@ -1,0 +1,71 @@
+#include "vmm/run_control.hpp"
+
+#include "vmm/kvm/kvm.hpp"
+
+#include <csignal>
+
+namespace umbra {
+namespace {
+
+// The signal that takes a thread out of KVM_RUN. Its handler has nothing to do: KVM_RUN returns because a
+// signal came, and a signal that comes too early is covered by Vcpu::request_exit.
+constexpr int kick_signal = SIGUSR1;
+
+void ignore(int /*signal*/) {}
+
+} // namespace
+
+RunControl::RunControl() {
+    struct sigaction action {};
+    action.sa_handler = ignore;
+    sigemptyset(&action.sa_mask);
+    sigaction(kick_signal, &action, nullptr);
+}
+
+void RunControl::attach(Vcpu& vcpu) {
+    const std::lock_guard lock(mutex_);
+    vcpu_ = &vcpu;
+    thread_ = pthread_self();
+    if (pending_)
+        vcpu_->request_exit();
+}
+
+void RunControl::detach() {
+    const std::lock_guard lock(mutex_);
+    vcpu_ = nullptr;
+}
+
+void RunControl::request(std::atomic<bool>& flag) {
+    flag = true;
+    kick();
+}
+
+void RunControl::input(std::string text) {
+    {
+        const std::lock_guard lock(mutex_);
+        input_ += text;
+    }
+    kick();
+}
+
+void RunControl::kick() {
+    pending_.store(true, std::memory_order_release);
+    const std::lock_guard lock(mutex_);
+    if (vcpu_ == nullptr)
+        return;
+    vcpu_->request_exit();
+    if (!pthread_equal(thread_, pthread_self()))
+        pthread_kill(thread_, kick_signal);
+}
+
+RunControl::Requests RunControl::take() {
+    const std::lock_guard lock(mutex_);
+    if (vcpu_ != nullptr)
+        vcpu_->clear_exit_request();
+    pending_ = timed_out_ || interrupted_ || met_;
+    Requests requests{timed_out_, interrupted_, met_, {}};
+    requests.input.swap(input_);
+    return requests;
+}
+
+} // namespace umbra

@@ -1,0 +1,53 @@
+// How other threads and signals reach a vCPU that runs.
+#pragma once
+
+#include <atomic>
+#include <mutex>
+#include <string>
+
+#include <pthread.h>
+
+namespace umbra {
+
+class Vcpu;
+
+/// Requests to a running vCPU. Whoever makes one wakes the vCPU's thread out of KVM_RUN; that thread takes
+/// them.
+class RunControl {
+  public:
+    RunControl();
+
+    // Any thread.
+    void time_out() { request(timed_out_); }
+    void interrupt() { request(interrupted_); }
+    /// The console has printed what the user waits for.
+    void expectation_met() { request(met_); }
+    void input(std::string text);
+
+    // The vCPU's thread, around its run.
+    void attach(Vcpu& vcpu);
+    void detach();
+
+    /// To be called before every entry: cheap when nothing is pending.
+    [[nodiscard]] bool pending() const { return pending_.load(std::memory_order_acquire); }
+    struct Requests {
+        bool timed_out = false;
+        bool interrupted = false;
+        bool met = false;
+        std::string input;
+    };
+    /// Endings stay requested; input is handed over once.
+    [[nodiscard]] Requests take();
+
+  private:
+    void request(std::atomic<bool>& flag);
+    void kick();
+
+    std::atomic<bool> pending_ = false, timed_out_ = false, interrupted_ = false, met_ = false;
+    std::mutex mutex_; ///< guards what follows
+    std::string input_;
+    Vcpu* vcpu_ = nullptr;
+    pthread_t thread_{};
+};
+
+} // namespace umbra

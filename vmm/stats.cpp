@@ -1,0 +1,142 @@
+#include "vmm/stats.hpp"
+
+#include <algorithm>
+#include <array>
+#include <iterator>
+#include <string_view>
+
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+namespace umbra {
+namespace {
+
+/// A number of `Owner` as it is called, and explained to people.
+template<class Owner>
+struct Counter {
+    std::uint64_t Owner::*value;
+    std::string_view name;
+    std::string_view meaning;
+};
+
+constexpr std::array<Counter<MmuCounters>, 12> mmu_counters{{
+    {&MmuCounters::fills, "fills", "shadow leaf entries made: hidden page faults"},
+    {&MmuCounters::upgrades, "upgrades", "of these: more rights, mostly a clean page's first write"},
+    {&MmuCounters::guest_faults, "guest_faults", "page faults that the guest's own tables ask for"},
+    {&MmuCounters::flushes, "flushes", "CR3 loads and the like"},
+    {&MmuCounters::invalidations, "invalidations", "INVLPG: single pages"},
+    {&MmuCounters::tables_compared, "tables_compared", "guest tables looked through after a flush"},
+    {&MmuCounters::tables_changed, "tables_changed", "of these: found changed"},
+    {&MmuCounters::entries_dropped, "entries_dropped", "shadow entries that had to go for a change"},
+    {&MmuCounters::tables_built, "tables_built", "shadow tables made"},
+    {&MmuCounters::tables_reused, "tables_reused", "times that a table needed was there already"},
+    {&MmuCounters::tables_recycled, "tables_recycled", "tables given up because the pool was full"},
+    {&MmuCounters::slot_moves, "slot_moves", "moves of umbra's top-level slot out of the guest's way"},
+}};
+static_assert(sizeof(MmuCounters) == mmu_counters.size() * sizeof(std::uint64_t));
+
+constexpr std::array<Counter<UnclaimedAccesses>, 4> unclaimed_counters{{
+    {&UnclaimedAccesses::port_reads, "port_reads", ""},
+    {&UnclaimedAccesses::port_writes, "port_writes", ""},
+    {&UnclaimedAccesses::mmio_reads, "mmio_reads", ""},
+    {&UnclaimedAccesses::mmio_writes, "mmio_writes", ""},
+}};
+static_assert(sizeof(UnclaimedAccesses) == unclaimed_counters.size() * sizeof(std::uint64_t));
+
+Stats::Traps total(const Stats& stats) {
+    Stats::Traps sum;
+    for (const Stats::Traps& traps : stats.traps) {
+        sum.count += traps.count;
+        sum.microseconds += traps.microseconds;
+    }
+    return sum;
+}
+
+double percent(double part, double whole) {
+    return whole > 0 ? 100 * part / whole : 0;
+}
+
+} // namespace
+
+Stats gather_stats(const TrapLog& log, const Mmu* mmu, const UnclaimedAccesses& unclaimed,
+                   double wall_seconds, double ticks_per_us) {
+    Stats stats;
+    stats.wall_seconds = wall_seconds;
+    stats.unclaimed = unclaimed;
+    for (std::size_t reason = 0; reason < static_cast<std::size_t>(TrapReason::count_); ++reason) {
+        for (std::size_t action = 0; action < static_cast<std::size_t>(TrapAction::count_); ++action) {
+            Stats::Traps traps{static_cast<TrapReason>(reason), static_cast<TrapAction>(action)};
+            const TrapLog::Total& sum = log.total(traps.reason, traps.action);
+            if (sum.count == 0)
+                continue;
+            traps.count = sum.count;
+            traps.microseconds = static_cast<double>(sum.cycles) / ticks_per_us;
+            stats.traps.push_back(traps);
+        }
+    }
+    std::ranges::stable_sort(stats.traps, std::ranges::greater(), &Stats::Traps::microseconds);
+    if (mmu != nullptr)
+        stats.shadow = {mmu->counters(), mmu->pool().in_use(), mmu->pool().high_water(),
+                        mmu->pool().capacity()};
+    return stats;
+}
+
+std::string stats_text(const Stats& stats) {
+    std::string text;
+    const auto line = [&text]<class... Args>(fmt::format_string<Args...> format, Args&&... args) {
+        fmt::format_to(std::back_inserter(text), format, std::forward<Args>(args)...);
+        text += '\n';
+    };
+    const Stats::Traps sum = total(stats);
+    line("run: {:.3f} s, of which {:.3f} s in umbra for {} traps ({:.1f} %)", stats.wall_seconds,
+         sum.microseconds / 1e6, sum.count, percent(sum.microseconds / 1e6, stats.wall_seconds));
+    if (!stats.traps.empty())
+        line("\n{:12}{:8}{:>12}{:>8}{:>12}{:>12}{:>8}", "trap", "action", "count", "share", "mean us",
+             "total ms", "share");
+    for (const Stats::Traps& traps : stats.traps)
+        line("{:12}{:8}{:12}{:6.1f} %{:12.2f}{:12.3f}{:6.1f} %", name(traps.reason), name(traps.action),
+             traps.count, percent(static_cast<double>(traps.count), static_cast<double>(sum.count)),
+             traps.microseconds / static_cast<double>(traps.count), traps.microseconds / 1e3,
+             percent(traps.microseconds, sum.microseconds));
+    if (stats.shadow) {
+        line("\n{:20}{:>12}", "shadow MMU", "count");
+        for (const auto& counter : mmu_counters)
+            line("{:20}{:12}  {}", counter.name, stats.shadow->counters.*counter.value, counter.meaning);
+        const auto kb = [](std::size_t pages) { return pages * page_size / 1024; };
+        line("\nshadow tables: {} KB in use, {} KB at most, of {} KB", kb(stats.shadow->pages_in_use),
+             kb(stats.shadow->pages_high_water), kb(stats.shadow->pages_capacity));
+    }
+    line("\naccesses that no device answered: {} port reads, {} port writes, {} memory reads, {} memory "
+         "writes",
+         stats.unclaimed.port_reads, stats.unclaimed.port_writes, stats.unclaimed.mmio_reads,
+         stats.unclaimed.mmio_writes);
+    return text;
+}
+
+std::string stats_json(const Stats& stats) {
+    using Json = nlohmann::ordered_json;
+    const Stats::Traps sum = total(stats);
+    Json by_reason = Json::array();
+    for (const Stats::Traps& traps : stats.traps)
+        by_reason.push_back({{"reason", name(traps.reason)},
+                             {"action", name(traps.action)},
+                             {"count", traps.count},
+                             {"microseconds", traps.microseconds}});
+    Json json{
+        {"wall_seconds", stats.wall_seconds},
+        {"traps", {{"count", sum.count}, {"microseconds", sum.microseconds}, {"by_reason", by_reason}}}};
+    if (stats.shadow) {
+        Json& shadow = json["shadow"];
+        for (const auto& counter : mmu_counters)
+            shadow[std::string(counter.name)] = stats.shadow->counters.*counter.value;
+        shadow["table_pages"] = {{"in_use", stats.shadow->pages_in_use},
+                                 {"high_water", stats.shadow->pages_high_water},
+                                 {"capacity", stats.shadow->pages_capacity}};
+    }
+    Json& unclaimed = json["unclaimed_accesses"];
+    for (const auto& counter : unclaimed_counters)
+        unclaimed[std::string(counter.name)] = stats.unclaimed.*counter.value;
+    return json.dump(2) + "\n";
+}
+
+} // namespace umbra

@@ -1,0 +1,397 @@
+#include "vmm/switcher.hpp"
+
+#include "vmm/error.hpp"
+#include "vmm/kvm/kvm.hpp"
+#include "vmm/switcher_layout.h"
+
+#include <cstring>
+
+extern "C" {
+extern const std::byte umbra_switcher_begin[], umbra_switcher_end[];
+extern const std::byte umbra_switcher_syscall[], umbra_switcher_republish[], umbra_switcher_switch[],
+    umbra_switcher_return[];
+extern const std::byte umbra_switcher_in8[], umbra_switcher_in16[], umbra_switcher_in32[];
+extern const std::byte umbra_switcher_out8[], umbra_switcher_out16[], umbra_switcher_out32[];
+}
+
+namespace umbra {
+namespace {
+
+// The area's pages. Pages that are not named are guards: nothing is mapped there.
+constexpr std::size_t image_page = 0; // and the next one
+constexpr std::size_t image_pages = 2;
+constexpr std::size_t pdpt_page = 2;      // of the reserved slot
+constexpr std::size_t directory_page = 3; // of the area
+constexpr std::size_t table_page = 4;     // of the area
+constexpr std::size_t pool_page = 5;      // directory of the pool's 2 MB pages
+constexpr std::size_t first_block = 16;   // vCPU blocks from here on
+constexpr std::size_t area_pages = MonitorMemory::switcher_bytes / page_size;
+
+// The pages of a vCPU's block.
+constexpr std::size_t gdt_page = 0, idt_page = 1, tss_page = 2, stack_page = 4;
+
+/// Where the pool is mapped, from the start of the reserved slot: its own entry of the slot's PDPT.
+constexpr std::size_t pool_offset = std::size_t{1} << 30;
+
+// The machine's segments, at the end of the GDT, where guests that look at their own selectors have none of
+// theirs.
+constexpr std::uint16_t ring0_cs = 0xfc0, ring0_ss = 0xfc8,
+                        task = 0xfd0; // `syscall` wants SS right behind CS
+constexpr std::uint16_t guest_ss = 0xfe0 | 3, guest_cs = 0xfe8 | 3;
+
+constexpr std::uint32_t msr_star = 0xc0000081, msr_lstar = 0xc0000082, msr_fmask = 0xc0000084;
+
+Segment flat(std::uint16_t selector, bool code, std::uint8_t dpl) {
+    Segment segment;
+    segment.selector = selector;
+    segment.limit = 0xffff'ffff;
+    segment.type = code ? 0xb : 0x3; // accessed; execute/read or read/write
+    segment.dpl = dpl;
+    segment.present = true;
+    segment.long_mode = code;
+    segment.default_32 = !code;
+    segment.granularity = true;
+    return segment;
+}
+
+/// A segment descriptor (Intel SDM vol. 3A, 3.4.5) with base 0.
+std::uint64_t descriptor(const Segment& segment) {
+    return 0x0000'0000'0000'ffff | std::uint64_t{0xf} << 48 |
+           (std::uint64_t{segment.type} | std::uint64_t{1} << 4 | std::uint64_t{segment.dpl} << 5 |
+            std::uint64_t{1} << 7)
+               << 40 |
+           std::uint64_t{segment.long_mode} << 53 | std::uint64_t{segment.default_32} << 54 |
+           std::uint64_t{1} << 55;
+}
+
+std::size_t image_offset(const std::byte* label) {
+    return static_cast<std::size_t>(label - umbra_switcher_begin);
+}
+
+template<class T>
+T* at(std::span<std::byte> bytes, std::size_t offset) {
+    return reinterpret_cast<T*>(bytes.subspan(offset, sizeof(T)).data());
+}
+
+const std::byte* port_routine(const NativePortAccess& access) {
+    if (access.write)
+        return access.size == 1   ? umbra_switcher_out8
+               : access.size == 2 ? umbra_switcher_out16
+                                  : umbra_switcher_out32;
+    return access.size == 1   ? umbra_switcher_in8
+           : access.size == 2 ? umbra_switcher_in16
+                              : umbra_switcher_in32;
+}
+
+} // namespace
+
+// --- SwitcherRegion
+
+SwitcherRegion::SwitcherRegion(MonitorMemory& memory, unsigned vcpus)
+    : memory_(memory), block_pages_((area_pages - first_block) / vcpus) {
+    const auto area = memory.switcher();
+    const std::size_t image_size = image_offset(umbra_switcher_end);
+    std::memcpy(area.data() + image_page * page_size, umbra_switcher_begin, image_size);
+
+    const auto frame = [&](std::size_t page) { return (memory.base() + page * page_size).frame(); };
+    const auto set = [&](std::size_t table, std::size_t slot, ShadowEntry entry) {
+        *at<ShadowEntry>(area, table * page_size + slot * sizeof(ShadowEntry)) = entry;
+    };
+    // Supervisor-only throughout. Accessed and dirty are set beforehand, as in the shadow tables.
+    constexpr std::uint64_t reads = entry_bit::present | entry_bit::accessed | entry_bit::dirty;
+    constexpr std::uint64_t writes = reads | entry_bit::writable;
+    set(pdpt_page, 0, ShadowEntry(frame(directory_page), writes));
+    set(directory_page, 0, ShadowEntry(frame(table_page), writes));
+    for (std::size_t page = image_page; page < image_page + image_pages; ++page)
+        set(table_page, page, ShadowEntry(frame(page), reads));
+    for (unsigned vcpu = 0; vcpu < vcpus; ++vcpu) {
+        const std::size_t block = first_block + vcpu * block_pages_;
+        for (const std::size_t page : {gdt_page, idt_page, tss_page})
+            set(table_page, block + page, ShadowEntry(frame(block + page), reads | entry_bit::no_execute));
+        for (std::size_t page = stack_page; page + 1 < block_pages_; ++page) // the last one is a guard
+            set(table_page, block + page, ShadowEntry(frame(block + page), writes | entry_bit::no_execute));
+    }
+    // The shadow tables, for the routine that makes KVM look at them again.
+    const std::uint64_t large = paging_4_level.level(2).span();
+    set(pdpt_page, pool_offset / paging_4_level.level(3).span(), ShadowEntry(frame(pool_page), writes));
+    for (std::size_t i = 0; i * large < memory.pool().size(); ++i)
+        set(pool_page, i,
+            ShadowEntry((memory.pool_base() + i * large).frame(),
+                        writes | entry_bit::page_size | entry_bit::no_execute));
+}
+
+ShadowEntry SwitcherRegion::root_entry() const {
+    return {(memory_.base() + pdpt_page * page_size).frame(),
+            entry_bit::present | entry_bit::writable | entry_bit::accessed | entry_bit::dirty};
+}
+
+std::size_t SwitcherRegion::max_debt(unsigned vcpus) {
+    const std::size_t stack = (area_pages - first_block) / vcpus - stack_page - 1;
+    return (stack - 1) * page_size / (2 * sizeof(std::uint64_t)); // the top page is the frame's
+}
+
+// --- Switcher
+
+Switcher::Switcher(SwitcherRegion& region, Vcpu& machine, const HostTraits& traits, unsigned id)
+    : memory_(region.memory_), machine_(machine), traits_(traits),
+      block_((first_block + id * region.block_pages_) * page_size),
+      stack_top_(block_ + (region.block_pages_ - 1) * page_size) {
+    const auto area = memory_.switcher();
+    const auto set = [&](std::uint16_t selector, std::uint64_t value) {
+        *at<std::uint64_t>(area, block_ + gdt_page * page_size + (selector & ~std::uint16_t{7})) = value;
+    };
+    set(ring0_cs, descriptor(flat(ring0_cs, true, 0)));
+    set(ring0_ss, descriptor(flat(ring0_ss, false, 0)));
+    set(guest_ss, descriptor(flat(guest_ss, false, 3)));
+    set(guest_cs, descriptor(flat(guest_cs, true, 3)));
+    if (!traits_.own_gdt) {
+        set(host_user_data, descriptor(flat(host_user_data, false, 3)));
+        set(host_user_code, descriptor(flat(host_user_code, true, 3)));
+    }
+    // As after a trap: what the machine's reset leaves, real-mode selectors, could be taken for ring 0.
+    machine_.set_segment(SegmentName::cs, flat(ring0_cs, true, 0));
+    machine_.set_segment(SegmentName::ss, flat(ring0_ss, false, 0));
+}
+
+std::uint64_t Switcher::address(std::size_t offset) const {
+    return (base_ + offset).value();
+}
+
+void Switcher::place(unsigned slot) {
+    base_ =
+        MachineVirt(paging_4_level.sign_extend(std::uint64_t{slot} << paging_4_level.root().shift).value());
+    const auto area = memory_.switcher();
+
+    // IDT: 256 interrupt gates of DPL 0 (Intel SDM vol. 3A, 6.14.1), so that `int n` of the guest is #GP.
+    for (std::size_t vector = 0; vector < 256; ++vector) {
+        const std::uint64_t stub = address(image_page * page_size + vector * STUB_SIZE);
+        auto* gate = at<std::array<std::uint64_t, 2>>(area, block_ + idt_page * page_size + vector * 16);
+        (*gate)[0] = (stub & 0xffff) | std::uint64_t{ring0_cs} << 16 | std::uint64_t{0x8e} << 40 |
+                     (stub >> 16 & 0xffff) << 48;
+        (*gate)[1] = stub >> 32;
+    }
+    // TSS (Intel SDM vol. 3A, 7.7): RSP0 at byte 4; the I/O bitmap lies beyond the limit, so every port is
+    // denied.
+    constexpr std::uint32_t tss_limit = 0x67;
+    const std::uint64_t tss = address(block_ + tss_page * page_size);
+    const std::uint64_t top = address(stack_top_);
+    std::memcpy(area.data() + block_ + tss_page * page_size + 4, &top, sizeof(top));
+    const std::uint16_t bitmap = tss_limit + 1;
+    std::memcpy(area.data() + block_ + tss_page * page_size + 102, &bitmap, sizeof(bitmap));
+    auto* tss_descriptor = at<std::array<std::uint64_t, 2>>(area, block_ + gdt_page * page_size + task);
+    (*tss_descriptor)[0] =
+        tss_limit | (tss & 0xff'ffff) << 16 | std::uint64_t{0x8b} << 40 | (tss >> 24 & 0xff) << 56;
+    (*tss_descriptor)[1] = tss >> 32;
+
+    machine_.set_descriptor_tables(
+        {.base = GuestVirt(address(block_ + gdt_page * page_size)), .limit = page_size - 1},
+        {.base = GuestVirt(address(block_ + idt_page * page_size)), .limit = page_size - 1});
+    Segment tr;
+    tr.selector = task;
+    tr.base = tss;
+    tr.limit = tss_limit;
+    tr.type = 0xb; // busy 64-bit TSS
+    tr.present = true;
+    tr.system = true;
+    machine_.set_segment(SegmentName::tr, tr);
+
+    syscall_entry_ = address(image_page * page_size + image_offset(umbra_switcher_syscall));
+    const bool set = machine_.write_msr(msr_star, std::uint64_t{ring0_cs} << 32) &&
+                     machine_.write_msr(msr_lstar, syscall_entry_) && machine_.write_msr(msr_fmask, ~0U);
+    if (!set)
+        throw StartupError(ExitCode::host_cannot, "KVM refuses the system-call MSRs");
+}
+
+void Switcher::set_control(const VirtualCpu& cpu, std::uint64_t allowed_cr4) {
+    constexpr std::uint64_t from_cr0 = cr0::mp | cr0::em | cr0::ts | cr0::am;
+    constexpr std::uint64_t from_cr4 =
+        cr4::osfxsr | cr4::osxmmexcpt | cr4::osxsave | cr4::fsgsbase | cr4::tsd | cr4::de;
+    machine_.set_control(cr0::pe | cr0::pg | cr0::wp | cr0::ne | cr0::et | (cpu.cr0 & from_cr0),
+                         cr4::pae | (((cpu.cr4 & from_cr4) | cr4::umip) & allowed_cr4),
+                         efer::lme | efer::lma | efer::nxe | efer::sce);
+}
+
+std::uint64_t Switcher::machine_flags(const VirtualCpu& cpu) const {
+    std::uint64_t flags = cpu.rflags & ~(rflags::iopl | rflags::nested_task | rflags::virtual_8086);
+    // The guest's kernel runs at CPL 3: IOPL 3 lets it use its flag and port instructions, and alignment
+    // checks, which a CPU makes at CPL 3 only, must not find it.
+    if (cpu.cpl == 3)
+        flags |= cpu.rflags & rflags::iopl;
+    else
+        flags |= rflags::iopl;
+    if (cpu.cpl != 3 && (cpu.cr0 & cr0::am) != 0)
+        flags &= ~rflags::alignment_check;
+    return flags | rflags::fixed;
+}
+
+Trap Switcher::leave(VirtualCpu& cpu) {
+    machine_.read_gprs(cpu.gpr);
+    std::uint64_t flags = machine_.rflags();
+    cpu.fs.base = machine_.segment_base(SegmentName::fs);
+    cpu.gs.base = machine_.segment_base(SegmentName::gs);
+    if (traits_.own_gdt) { // a null selector loads without a trap
+        for (const auto& [name, segment] : data_segments(cpu)) {
+            if (const std::uint16_t selector = machine_.selector(name); selector != segment->selector)
+                *segment = Segment{.selector = selector, .base = segment->base};
+        }
+    }
+    const auto finish = [&](Trap trap) {
+        // What the machine's flags cannot tell: IOPL is ours, and where it is not honoured so is IF.
+        constexpr std::uint64_t ours = rflags::iopl | rflags::nested_task | rflags::virtual_8086;
+        const std::uint64_t kept = ours | (traits_.iopl_honoured ? 0 : rflags::interrupt);
+        cpu.rflags = (flags & ~kept) | (cpu.rflags & kept) | rflags::fixed;
+        return trap;
+    };
+
+    const std::uint64_t rip = machine_.rip();
+    const std::uint64_t image = address(image_page * page_size);
+    if (rip - image >= image_pages * page_size) {
+        cpu.rip = rip;
+        return finish({});
+    }
+    const auto syscall = [&] { // what the instruction did: RCX is the return address, R11 the flags
+        cpu.rip = cpu[Gpr::rcx];
+        flags = cpu[Gpr::r11];
+        return finish({.kind = Trap::Kind::syscall, .error_code = {}, .address = {}});
+    };
+    // An `out` leaves RIP at or behind itself, as KVM likes.
+    if ((rip & ~std::uint64_t{STUB_SIZE - 1}) == syscall_entry_)
+        return syscall();
+
+    Trap trap;
+    trap.kind = Trap::Kind::vector;
+    trap.vector = static_cast<std::uint8_t>((rip - image) / STUB_SIZE);
+    trap.address = GuestVirt(machine_.cr2());
+    const std::uint64_t top = address(stack_top_);
+    const std::uint64_t pushed = top - machine_.rsp();
+    const bool with_code = pushed == sizeof(Frame) + sizeof(std::uint64_t);
+    if (rip - image >= std::uint64_t{256} * STUB_SIZE || (!with_code && pushed != sizeof(Frame))) {
+        trap.kind = Trap::Kind::broken;
+        cpu.rip = rip;
+        return trap;
+    }
+    const auto area = memory_.switcher();
+    const Frame& frame = *at<Frame>(area, stack_top_ - sizeof(Frame));
+    if (with_code)
+        trap.error_code = static_cast<std::uint32_t>(*at<std::uint64_t>(area, stack_top_ - pushed));
+    cpu.rip = frame.rip;
+    cpu[Gpr::rsp] = frame.rsp;
+    flags = frame.rflags;
+    // Where `syscall` stays at CPL 3, the fetch from LSTAR's supervisor page is the trap.
+    if (!traits_.syscall_to_ring0 && frame.rip == syscall_entry_ && trap.address.value() == syscall_entry_)
+        return syscall();
+    return finish(trap);
+}
+
+std::array<std::pair<SegmentName, Segment*>, 4> Switcher::data_segments(VirtualCpu& cpu) {
+    return {{{SegmentName::ds, &cpu.ds},
+             {SegmentName::es, &cpu.es},
+             {SegmentName::fs, &cpu.fs},
+             {SegmentName::gs, &cpu.gs}}};
+}
+
+/// Hidden parts are flat: in 64-bit mode only the bases of FS and GS count, and code at CPL 3 may use DPL 3
+/// only.
+void Switcher::sync_segments(const VirtualCpu& cpu) {
+    if (machine_.segment_base(SegmentName::fs) != cpu.fs.base)
+        machine_.set_segment_base(SegmentName::fs, cpu.fs.base);
+    if (machine_.segment_base(SegmentName::gs) != cpu.gs.base)
+        machine_.set_segment_base(SegmentName::gs, cpu.gs.base);
+    if (!traits_.own_gdt)
+        return;
+    for (const auto& [name, segment] : data_segments(const_cast<VirtualCpu&>(cpu))) {
+        if (machine_.selector(name) == segment->selector)
+            continue;
+        Segment loaded = flat(segment->selector, false, 3);
+        loaded.base = segment->base;
+        loaded.present = segment->present;
+        machine_.set_segment(name, loaded);
+    }
+}
+
+void Switcher::enter(const VirtualCpu& cpu, MachineFrame root, const Debt& debt, const TablePool& pool,
+                     std::optional<NativePortAccess> access) {
+    const std::uint16_t cs = traits_.own_gdt ? guest_cs : host_user_code;
+    const std::uint16_t ss = traits_.own_gdt ? guest_ss : host_user_data;
+    const bool in_ring0 = (machine_.selector(SegmentName::cs) & 3) == 0;
+    if (root_ == MachineFrame()) // the first time: ring-0 code needs tables under it, too
+        machine_.set_cr3(root);
+    const bool switching = root != root_;
+    sync_segments(cpu);
+    machine_.write_gprs(cpu.gpr);
+
+    const bool through_ring0 =
+        !debt.none() || access || (traits_.resume == ResumeBy::iretq && in_ring0 && !cpu.halted);
+    if (!through_ring0) {
+        if (switching)
+            machine_.set_cr3(root);
+        if (in_ring0) {
+            machine_.set_segment(SegmentName::cs, flat(cs, true, 3));
+            machine_.set_segment(SegmentName::ss, flat(ss, false, 3));
+        }
+        machine_.set_rip(cpu.rip);
+        machine_.set_rflags(machine_flags(cpu));
+        root_ = root;
+        return;
+    }
+
+    if (!in_ring0) {
+        machine_.set_segment(SegmentName::cs, flat(ring0_cs, true, 0));
+        machine_.set_segment(SegmentName::ss, flat(ring0_ss, false, 0));
+    }
+    if (debt.root_gone) // ring-0 code needs a root from its first instruction on
+        machine_.set_cr3(root);
+    machine_.set_rflags(rflags::fixed); // no interrupts before the last instruction
+    const auto area = memory_.switcher();
+    std::size_t stack = stack_top_;
+    const auto push = [&](std::uint64_t value) {
+        stack -= sizeof(value);
+        *at<std::uint64_t>(area, stack) = value;
+    };
+    const auto run = [&](const std::byte* routine) {
+        machine_.set_rip(address(image_page * page_size + image_offset(routine)));
+    };
+    push(ss);
+    push(cpu[Gpr::rsp]);
+    push(machine_flags(cpu));
+    push(cs);
+    push(cpu.rip);
+    const bool paying = switching || !debt.none();
+    if (access) {
+        const std::byte* routine = port_routine(*access);
+        push(cpu[Gpr::rdx]);
+        machine_.write_gpr(Gpr::rdx, access->port);
+        run(routine);
+        if (paying) { // the routine is what the last `iretq` below goes to, inside ring 0
+            const std::uint64_t routine_stack = address(stack);
+            push(ring0_ss);
+            push(routine_stack);
+            push(rflags::fixed);
+            push(ring0_cs);
+            push(address(image_page * page_size + image_offset(routine)));
+        }
+    } else {
+        run(umbra_switcher_return);
+    }
+    if (paying) {
+        push(cpu[Gpr::rcx]);
+        push(cpu[Gpr::rdi]);
+        push(root.base().value());
+        run(umbra_switcher_switch);
+    }
+    if (!debt.tables.empty()) {
+        for (const TableIndex index : debt.tables) {
+            constexpr std::size_t straddling = sizeof(ShadowEntry) / 2;
+            std::uint64_t value = 0;
+            std::memcpy(&value, std::as_bytes(pool.entries(index)).data() + straddling, sizeof(value));
+            push(value);
+            push(address(pool_offset + TablePool::number(index) * page_size + straddling));
+        }
+        machine_.write_gpr(Gpr::rcx, debt.tables.size());
+        run(umbra_switcher_republish);
+    }
+    machine_.set_rsp(address(stack));
+    root_ = root;
+}
+
+} // namespace umbra

@@ -1,0 +1,114 @@
+// The switcher: how the machine gets from the guest to the monitor and back.
+//
+// Its code (switcher_image.S) and, for each vCPU, a GDT, an IDT, a TSS and an entry stack lie in one
+// top-level slot of every shadow root, supervisor-only: guest code, which always runs at CPL 3, can neither
+// read nor name them. Any trap of guest code goes through the machine's IDT to a stub that makes one exit.
+// `leave` turns the machine's state at that exit into the virtual CPU's; `enter` does the reverse, by the
+// means that this host does fastest, and pays the shadow MMU's debt on the way.
+#pragma once
+
+#include "shadow/mmu.hpp"
+#include "vmm/cpu.hpp"
+#include "vmm/kvm/kvm.hpp"
+#include "vmm/monitor_memory.hpp"
+#include "vmm/traits.hpp"
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <utility>
+
+namespace umbra {
+
+/// The part that all vCPUs share: the code's pages and the tables below the reserved slot.
+class SwitcherRegion {
+  public:
+    /// Builds the region for `vcpus` vCPUs. `memory` outlives it.
+    SwitcherRegion(MonitorMemory& memory, unsigned vcpus);
+
+    /// The entry that every shadow root carries in the reserved slot.
+    [[nodiscard]] ShadowEntry root_entry() const;
+    /// The most tables that a vCPU's stack can carry as debt: the pool must not be larger.
+    [[nodiscard]] static std::size_t max_debt(unsigned vcpus);
+
+  private:
+    friend class Switcher;
+    MonitorMemory& memory_;
+    std::size_t block_pages_; ///< of each vCPU
+};
+
+/// Why the machine left the guest.
+struct Trap {
+    enum class Kind : std::uint8_t {
+        vector,  ///< an exception or interrupt, by the machine's IDT
+        syscall, ///< the `syscall` instruction; RIP is behind it
+        none,    ///< no trap: KVM exited at guest code (a port or MMIO access, a signal)
+        broken,  ///< the switcher itself faulted: the machine's state is lost
+    };
+    Kind kind = Kind::none;
+    std::uint8_t vector = 0;
+    std::optional<std::uint32_t> error_code; ///< if the machine pushed one
+    GuestVirt address;                       ///< CR2; for page faults
+};
+
+/// A port access to be made for the guest on the way back to it, by AL, AX or EAX.
+struct NativePortAccess {
+    std::uint16_t port = 0;
+    unsigned size = 1;
+    bool write = false;
+};
+
+/// One vCPU's switcher.
+class Switcher {
+  public:
+    /// Where the host's GDT is in force, Linux' selectors for its programs: valid at CPL 3 whatever the VM's
+    /// GDT says.
+    static constexpr std::uint16_t host_user_code = 0x33, host_user_data = 0x2b;
+
+    Switcher(SwitcherRegion& region, Vcpu& machine, const HostTraits& traits, unsigned id);
+
+    /// Gives the machine its descriptor tables, system-call entry and control registers for the reserved slot
+    /// `slot`. To be called again when the slot moves.
+    void place(unsigned slot);
+
+    /// After an exit: brings general registers, RIP, RSP, RFLAGS and segment bases of `cpu` up to date and
+    /// says what happened.
+    [[nodiscard]] Trap leave(VirtualCpu& cpu);
+
+    /// Prepares the machine to go on with `cpu` on the tables of `root`. Pays `debt`: the caller says so to
+    /// the Mmu.
+    void enter(const VirtualCpu& cpu, MachineFrame root, const Debt& debt, const TablePool& pool,
+               std::optional<NativePortAccess> access = std::nullopt);
+
+    /// Control registers that the machine honours for the guest: FPU and SSE state, FSGSBASE, TSD, alignment
+    /// checks. `allowed_cr4`: what KVM lets the machine have; UMIP is set if it may be, so that sgdt and its
+    /// kin trap.
+    void set_control(const VirtualCpu& cpu, std::uint64_t allowed_cr4);
+
+    /// Chooses how later `enter`s resume the guest, in place of what the traits said.
+    void resume_by(ResumeBy means) { traits_.resume = means; }
+
+    /// Where `syscall` goes, in the machine's LSTAR.
+    [[nodiscard]] MachineVirt syscall_entry() const { return MachineVirt(syscall_entry_); }
+
+  private:
+    struct Frame { ///< what the machine pushes on a trap and `iretq` pops
+        std::uint64_t rip, cs, rflags, rsp, ss;
+    };
+    [[nodiscard]] std::uint64_t
+    address(std::size_t offset) const; ///< of a byte of the area, in the reserved slot
+    [[nodiscard]] std::uint64_t machine_flags(const VirtualCpu& cpu) const;
+    [[nodiscard]] static std::array<std::pair<SegmentName, Segment*>, 4> data_segments(VirtualCpu& cpu);
+    void sync_segments(const VirtualCpu& cpu);
+
+    MonitorMemory& memory_;
+    Vcpu& machine_;
+    HostTraits traits_;
+    std::size_t block_;               ///< offset of this vCPU's pages in the switcher's area
+    std::size_t stack_top_;           ///< offset of the end of its entry stack
+    MachineVirt base_;                ///< where the reserved slot begins
+    std::uint64_t syscall_entry_ = 0; ///< LSTAR
+    MachineFrame root_;               ///< loaded in the machine's CR3
+};
+
+} // namespace umbra
