@@ -64,16 +64,25 @@ void GuestOutput::write(std::span<const char> text) {
     if (!expected_.empty())
         search(text);
     while (!text.empty() && failure_.empty() && fd_ >= 0) {
+        if (!writable())
+            continue;
         const ssize_t written = ::write(fd_, text.data(), text.size());
-        if (written >= 0) {
+        if (written >= 0)
             text = text.subspan(static_cast<std::size_t>(written));
-        } else if (errno == EAGAIN) { // somebody made the terminal non-blocking
-            pollfd ready{fd_, POLLOUT, 0};
-            (void)::poll(&ready, 1, -1);
-        } else if (errno != EINTR) {
+        else if (errno != EINTR && errno != EAGAIN)
             failure_ = std::strerror(errno);
-        }
     }
+}
+
+/// Waits a little for whoever reads what the guest prints; gives up on them when the run is to end.
+bool GuestOutput::writable() {
+    constexpr int patience_ms = 100;
+    pollfd ready{fd_, POLLOUT, 0};
+    if (::poll(&ready, 1, patience_ms) > 0)
+        return true;
+    if (control_.ending())
+        failure_ = "nobody reads it";
+    return false;
 }
 
 void GuestOutput::search(std::span<const char> text) {
@@ -89,7 +98,7 @@ void GuestOutput::search(std::span<const char> text) {
 Attendant::Attendant(RunControl& control, Config config)
     : control_(control), terminal_(config.input ? STDIN_FILENO : -1), input_(config.input) {
     const sigset_t signals = attended_signals();
-    (void)::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+    (void)::pthread_sigmask(SIG_BLOCK, &signals, &signals_before_);
     signals_ = checked(::signalfd(-1, &signals, SFD_CLOEXEC), "signalfd");
     quit_ = checked(::eventfd(0, EFD_CLOEXEC), "eventfd");
     if (config.timeout) {
@@ -109,6 +118,7 @@ Attendant::~Attendant() {
     const std::uint64_t one = 1;
     (void)!::write(quit_.get(), &one, sizeof(one));
     thread_.join();
+    (void)::pthread_sigmask(SIG_SETMASK, &signals_before_, nullptr);
 }
 
 void Attendant::attend() {

@@ -1,4 +1,5 @@
-// The launcher's side of a guest's console: the terminal, the thread that attends to it, and what the user waits for.
+// The launcher's side of a guest's console: the terminal, the thread that attends to it, and what the user
+// waits for.
 #pragma once
 
 #include "vmm/devices/output.hpp"
@@ -6,6 +7,7 @@
 #include "vmm/run_control.hpp"
 
 #include <chrono>
+#include <csignal>
 #include <optional>
 #include <span>
 #include <string>
@@ -15,8 +17,8 @@
 
 namespace umbra {
 
-/// A terminal whose input reaches the guest key by key and unechoed, Ctrl-C and Ctrl-Z excepted, while this lives.
-/// Nothing happens unless `fd` is a terminal and this process is in its foreground.
+/// A terminal whose input reaches the guest key by key and unechoed, Ctrl-C and Ctrl-Z excepted, while this
+/// lives. Nothing happens unless `fd` is a terminal and this process is in its foreground.
 class GuestTerminal {
   public:
     explicit GuestTerminal(int fd);
@@ -26,7 +28,7 @@ class GuestTerminal {
     GuestTerminal& operator=(GuestTerminal&&) = delete;
     ~GuestTerminal() { restore(); }
 
-    void take();    ///< again, after restore()
+    void take(); ///< again, after restore()
     void restore();
 
   private:
@@ -50,6 +52,7 @@ class GuestOutput {
   private:
     void write(std::span<const char> text);
     void search(std::span<const char> text);
+    [[nodiscard]] bool writable();
 
     int fd_;
     std::string expected_;
@@ -58,8 +61,8 @@ class GuestOutput {
     std::string failure_;
 };
 
-/// A thread that turns signals, the timeout and terminal input into requests to the vCPU. It must exist before any
-/// other thread does: it blocks the signals that it attends to, for all threads started later.
+/// A thread that turns signals, the timeout and terminal input into requests to the vCPU. It must exist
+/// before any other thread does: it blocks the signals that it attends to, for all threads started later.
 class Attendant {
   public:
     struct Config {
@@ -81,6 +84,7 @@ class Attendant {
     RunControl& control_;
     GuestTerminal terminal_;
     bool input_;
+    sigset_t signals_before_{};
     File signals_, timer_, quit_;
     std::thread thread_;
 };

@@ -51,7 +51,7 @@ class GuestMemory {
         const auto bytes = range(at, sizeof(T));
         if (bytes.empty())
             return std::nullopt;
-        T value;
+        T value{};
         std::memcpy(&value, bytes.data(), sizeof(T));
         return value;
     }

@@ -23,7 +23,7 @@ enum class WalkNext {
 /// What a visitor is shown: one entry, its level, where it lies, and the first address that it translates.
 template<class Space>
 struct WalkStep {
-    const Level* level;
+    const Level* level = nullptr;
     Address<Space> slot;
     Entry<Space> entry;
     GuestVirt

@@ -144,7 +144,7 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     case ExitReason::other:
         return Verdict{Verdict::Kind::host_failed, 0, vcpu.describe_exit()};
     }
-    return control.pending() ? attend(control) : std::nullopt;
+    return control.pending() || reason == ExitReason::interrupted ? attend(control) : std::nullopt;
 }
 
 Monitor::Step Monitor::handle_trap(const Trap& trap) {

@@ -45,7 +45,7 @@ std::optional<Verdict> NativeEngine::handle(ExitReason reason, RunControl& contr
     case ExitReason::other:
         return Verdict{Verdict::Kind::host_failed, 0, vcpu.describe_exit()};
     }
-    return control.pending() ? attend(control) : std::nullopt;
+    return control.pending() || reason == ExitReason::interrupted ? attend(control) : std::nullopt;
 }
 
 } // namespace umbra

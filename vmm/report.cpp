@@ -7,6 +7,7 @@
 #include <array>
 #include <cstring>
 #include <optional>
+#include <set>
 #include <span>
 #include <tuple>
 #include <utility>
@@ -174,19 +175,18 @@ Bytes read_bytes(const ReportInput& input, GuestVirt at, std::size_t size, Acces
     while (result.bytes.size() < size) {
         const GuestVirt here = at + result.bytes.size();
         if (!input.paging.format->canonical(here)) {
-            result.missing = fmt::format("{:#x} is not canonical", here.value());
+            result.missing = "the address is not canonical";
             break;
         }
         const GuestWalk walk = walk_guest(input.memory, input.paging, here, access);
         if (walk.fault) {
-            result.missing =
-                fmt::format("{:#x} is not mapped for it: {}", here.value(), why_faulted(input, walk, access));
+            result.missing = why_faulted(input, walk, access);
             break;
         }
         const auto bytes = input.memory.range(
             walk.address, std::min<std::size_t>(size - result.bytes.size(), page_size - here.page_offset()));
         if (bytes.empty()) {
-            result.missing = fmt::format("{:#x} leads to {}, which is not RAM", here.value(), walk.address);
+            result.missing = fmt::format("it leads to {}, which is not RAM", walk.address);
             break;
         }
         result.bytes.insert(result.bytes.end(), bytes.begin(), bytes.end());
@@ -270,6 +270,41 @@ void add_segments(Text& text, const VirtualCpu& cpu) {
     text.line("  idtr        base {:016x}  limit {:08x}", cpu.idtr.base.value(), cpu.idtr.limit);
 }
 
+/// If the run ended at an event that could not be delivered: the gates that it would have gone through.
+void add_gates(Text& text, const ReportInput& input) {
+    constexpr std::uint8_t double_fault = 8;
+    constexpr std::uint64_t gate_size = 16;
+    const std::vector<TrapRecord> records = input.log.last();
+    if (records.empty() || records.back().action != TrapAction::stop || !records.back().has_vector())
+        return;
+    text.line("\nIDT gates of the last event, and of the double fault:");
+    for (const std::uint8_t vector : std::set{records.back().vector, double_fault}) {
+        const std::uint64_t offset = vector * gate_size;
+        const std::string name = vector_name(vector);
+        if (offset + gate_size - 1 > input.cpu.idtr.limit) {
+            text.line("  {:11} lies beyond the IDT's limit", name);
+            continue;
+        }
+        const Bytes read = read_bytes(input, input.cpu.idtr.base + offset, gate_size, Access{});
+        if (read.bytes.size() < gate_size) {
+            text.line("  {:11} cannot be read: {}", name, read.missing);
+            continue;
+        }
+        std::array<std::uint64_t, 2> gate{}; // Intel SDM vol. 3A, 6.14.1
+        std::memcpy(gate.data(), read.bytes.data(), gate_size);
+        const GuestVirt handler((gate[0] & 0xffff) | (gate[0] >> 32 & 0xffff'0000) | gate[1] << 32);
+        const auto type = gate[0] >> 40 & 0xf;
+        const bool present = (gate[0] >> 47 & 1) != 0;
+        text.line("  {:11} {:016x}  cs {:04x}  ist {}  dpl {}  {}{}", name, handler.value(),
+                  gate[0] >> 16 & 0xffff, gate[0] >> 32 & 7, gate[0] >> 45 & 3,
+                  !present      ? "not present"
+                  : type == 0xe ? "interrupt gate"
+                  : type == 0xf ? "trap gate"
+                                : "not a gate of long mode",
+                  symbol(input, handler));
+    }
+}
+
 void add_control_registers(Text& text, const ReportInput& input) {
     const VirtualCpu& cpu = input.cpu;
     text.line("\nControl registers:");
@@ -284,7 +319,7 @@ void add_control_registers(Text& text, const ReportInput& input) {
     text.line("  lstar          {:016x}{}", cpu.lstar, symbol(input, GuestVirt(cpu.lstar)));
 }
 
-/// Bytes of the first instruction in `code`, or 1 if there is none that could be decoded.
+/// Bytes of the first instruction in `code`; 0 if there is none that can be decoded.
 std::size_t instruction_length(std::span<const std::byte> code, bool mode64) {
     ZydisDecoder decoder;
     ZydisDecoderInit(&decoder, mode64 ? ZYDIS_MACHINE_MODE_LONG_64 : ZYDIS_MACHINE_MODE_LONG_COMPAT_32,
@@ -292,7 +327,7 @@ std::size_t instruction_length(std::span<const std::byte> code, bool mode64) {
     ZydisDecodedInstruction instruction;
     const ZyanStatus status =
         ZydisDecoderDecodeInstruction(&decoder, nullptr, code.data(), code.size(), &instruction);
-    return ZYAN_SUCCESS(status) ? instruction.length : 1;
+    return ZYAN_SUCCESS(status) ? instruction.length : 0;
 }
 
 /// The starts of a few instructions before `rip`: found from the start of its function, if that is known,
@@ -304,14 +339,16 @@ std::vector<GuestVirt> instructions_before(const ReportInput& input, GuestVirt r
     if (!place || place->offset > near)
         return {};
     const GuestVirt function = rip - place->offset;
-    const Bytes code = read_bytes(input, function, place->offset, Access{});
-    if (code.bytes.size() < place->offset)
-        return {};
+    const Bytes code = read_bytes(input, function, place->offset + longest_instruction, Access{});
     std::vector<GuestVirt> starts;
     std::size_t offset = 0;
-    while (offset < place->offset) {
+    while (offset < place->offset && offset < code.bytes.size()) {
+        const std::size_t length =
+            instruction_length(std::span(code.bytes).subspan(offset), input.cpu.cs.long_mode);
+        if (length == 0)
+            return {};
         starts.push_back(function + offset);
-        offset += instruction_length(std::span(code.bytes).subspan(offset), input.cpu.cs.long_mode);
+        offset += length;
     }
     if (offset != place->offset)
         return {};
@@ -328,7 +365,7 @@ void add_code(Text& text, const ReportInput& input) {
     const Bytes fetched = read_bytes(input, rip, (shown_after + 1) * longest_instruction, fetch);
     text.line("\nCode{}:", symbol(input, rip));
     const auto add = [&](GuestVirt at, std::span<const std::byte> code) {
-        const std::size_t length = instruction_length(code, mode64);
+        const std::size_t length = std::max<std::size_t>(instruction_length(code, mode64), 1);
         std::string hex;
         for (const std::byte byte : code.first(length))
             hex += fmt::format("{:02x}", static_cast<unsigned>(byte));
@@ -357,7 +394,7 @@ void add_stack(Text& text, const ReportInput& input) {
         text.line("  {:016x}  {:016x}{}", (top + offset).value(), word, symbol(input, GuestVirt(word)));
     }
     if (!read.missing.empty())
-        text.line("  cannot be read{}: {}", read.bytes.empty() ? "" : " further", read.missing);
+        text.line("  {:016x}  cannot be read: {}", (top + read.bytes.size()).value(), read.missing);
 }
 
 template<class Space>
@@ -439,7 +476,7 @@ void add_traps(Text& text, const ReportInput& input) {
     text.line("  {:>12} cpl {:11} {:7} {:16}  {}", "us", "reason", "action", "rip", "detail");
     for (const TrapRecord& record : records) {
         const double ago = static_cast<double>(records.back().start - record.start) / input.ticks_per_us;
-        text.line("  {:12.3f}  {}  {:11} {:7} {:016x}  {:26}{}", -ago, record.cpl, name(record.reason),
+        text.line("  {:12.3f}  {}  {:11} {:7} {:016x}  {:26}{}", 0 - ago, record.cpl, name(record.reason),
                   name(record.action), record.rip.value(), detail(record), symbol(input, record.rip));
     }
 }
@@ -483,13 +520,14 @@ ReportSubject report_subject(const VirtualCpu& cpu, const TrapLog& log) {
 
 std::string report(const ReportInput& input) {
     Text text;
-    text.line("The guest cannot go on: {}", input.why);
+    text.line("Guest report: {}", input.why);
     add_registers(text, input);
     add_code(text, input);
     add_stack(text, input);
     add_walks(text, input);
     add_control_registers(text, input);
     add_segments(text, input.cpu);
+    add_gates(text, input);
     add_traps(text, input);
     return text.take();
 }

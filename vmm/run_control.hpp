@@ -23,12 +23,14 @@ class RunControl {
     /// The console has printed what the user waits for.
     void expectation_met() { request(met_); }
     void input(std::string text);
+    /// The run is to end: nobody should wait for anything else.
+    [[nodiscard]] bool ending() const { return timed_out_ || interrupted_; }
 
     // The vCPU's thread, around its run.
     void attach(Vcpu& vcpu);
     void detach();
 
-    /// To be called before every entry: cheap when nothing is pending.
+    /// Whether take() has something to tell; also to be called after every interrupted run.
     [[nodiscard]] bool pending() const { return pending_.load(std::memory_order_acquire); }
     struct Requests {
         bool timed_out = false;

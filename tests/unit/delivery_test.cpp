@@ -272,7 +272,7 @@ TEST_F(DeliveryTest, PushesAreSupervisorWrites) {
     guest.map(TestGuest::interrupt_stack - 0x1000, entry_bit::present);
     gate(13, interrupt_gate, sel::kernel_code, 1);
     EXPECT_EQ(arrives(Event::of(Exception::general_protection())), pf(PageFault::present | PageFault::write));
-    EXPECT_EQ(cpu.cr2, TestGuest::interrupt_stack - 48);
+    EXPECT_EQ(cpu.cr2, TestGuest::interrupt_stack - 8); // the first push
 }
 
 TEST_F(DeliveryTest, FrameAcrossTwoPagesFaultsAtTheUpperOneFirst) {
@@ -327,7 +327,7 @@ TEST_F(DeliveryTest, DoubleFaults) {
     guest.map(TestGuest::interrupt_stack - 0x1000, 0);
     gate(14, interrupt_gate, sel::kernel_code, 1);
     EXPECT_EQ(arrives(Event::of({Vector::page_fault, 2, GuestVirt(1)})), df); // page fault, page fault
-    EXPECT_EQ(cpu.cr2, TestGuest::interrupt_stack - 48);
+    EXPECT_EQ(cpu.cr2, TestGuest::interrupt_stack - 8); // the first push
     gate(13, 0);
     EXPECT_EQ(arrives(Event::software(0, 2)), df); // benign, contributory, contributory
     EXPECT_EQ(last.nested().size(), 2U);

@@ -138,10 +138,10 @@ Kvm::Kvm() : file_(::open("/dev/kvm", O_RDWR | O_CLOEXEC)) {
     const auto supported = control(file_, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS);
     if (supported < 0 ||
         (static_cast<unsigned>(supported) & (sync_general | sync_system)) != (sync_general | sync_system))
-        throw StartupError(ExitCode::host_cannot, "KVM lacks KVM_CAP_SYNC_REGS: use Linux 4.18 or newer");
+        throw StartupError(ExitCode::host_cannot, "KVM lacks KVM_CAP_SYNC_REGS: use Linux 4.17 or newer");
     if (control(file_, KVM_CHECK_EXTENSION, KVM_CAP_IMMEDIATE_EXIT) <= 0)
         throw StartupError(ExitCode::host_cannot,
-                           "KVM lacks KVM_CAP_IMMEDIATE_EXIT: use Linux 4.18 or newer");
+                           "KVM lacks KVM_CAP_IMMEDIATE_EXIT: use Linux 4.17 or newer");
     run_size_ = static_cast<std::size_t>(must(file_, "KVM_GET_VCPU_MMAP_SIZE", KVM_GET_VCPU_MMAP_SIZE, 0));
 
     constexpr std::uint32_t most = 256; // KVM's own limit
