@@ -8,7 +8,9 @@
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 
-#include <map>
+#include <cstdio>
+#include <exception>
+#include <string>
 
 namespace {
 
@@ -42,24 +44,33 @@ CLI::App* add_run(CLI::App& app, RunOptions& options) {
         ->capture_default_str()
         ->type_name("WHERE");
     run->add_option("--timeout", options.timeout, "End the run after so many seconds")
-        ->check(CLI::PositiveNumber)
+        ->check(CLI::Range(0.001, 1e9).description(""))
         ->type_name("SECONDS");
     run->add_option("--expect", options.expect, "End the run as passed when the console prints this")
         ->type_name("TEXT");
-    run->add_option("--engine", options.engine,
-                    "shadow: deprivileged, on shadow page tables; native: at ring 0, on KVM's own MMU")
-        ->transform(CLI::CheckedTransformer(std::map<std::string, EngineKind>{
-            {"shadow", EngineKind::shadow}, {"native", EngineKind::native}}))
+    run->add_option_function<std::string>(
+           "--engine",
+           [&options](const std::string& name) {
+               options.engine = name == "native" ? EngineKind::native : EngineKind::shadow;
+           },
+           "shadow: deprivileged, on shadow page tables; native: at ring 0, on KVM's own MMU")
+        ->check(CLI::IsMember({"shadow", "native"}))
         ->default_str("shadow")
         ->type_name("ENGINE");
-    run->add_option("--stats", options.stats,
-                    "Tell afterwards what the run cost, on standard error: --stats or --stats=json")
-        ->transform(CLI::CheckedTransformer(
-            std::map<std::string, StatsFormat>{{"text", StatsFormat::text}, {"json", StatsFormat::json}}))
+    run->add_option_function<std::string>(
+           "--stats",
+           [&options](const std::string& format) {
+               options.stats = format == "json" ? StatsFormat::json : StatsFormat::text;
+           },
+           "Tell afterwards what the run cost, on standard error: --stats or --stats=json")
+        ->check(CLI::IsMember({"", "text", "json"}))
         ->expected(0, 1)
-        ->default_str("text")
-        ->type_name("[FORMAT]");
+        ->type_name("[=FORMAT]");
     run->add_option("--trace", options.trace, "Write every trap to a file, one line each")->type_name("FILE");
+    run->add_option("--log-level", options.log_level, "How much umbra itself says, on standard error")
+        ->check(CLI::IsMember({"debug", "info", "warning", "error", "off"}))
+        ->capture_default_str()
+        ->type_name("LEVEL");
     run->add_flag("--qemu-exit", options.qemu_exit,
                   "Exit with (value << 1) | 1 for a value written to port 0xf4, as QEMU does");
     return run;
@@ -72,20 +83,15 @@ void set_up_logging(const std::string& level) {
     spdlog::set_default_logger(std::move(logger));
 }
 
-} // namespace
-
-int main(int argc, char** argv) {
+/// Everything that may throw.
+int launch(int argc, char** argv) {
     CLI::App app("umbra runs x86-64 kernels deprivileged, on software shadow page tables");
     app.name("umbra");
     app.set_version_flag("--version", "umbra " UMBRA_VERSION);
     app.require_subcommand(1);
-    app.fallthrough();
-    std::string log_level = "info";
-    app.add_option("--log-level", log_level, "How much umbra itself says, on standard error")
-        ->check(CLI::IsMember({"debug", "info", "warning", "error", "off"}))
-        ->capture_default_str()
-        ->type_name("LEVEL");
-
+    app.failure_message([](const CLI::App* failed, const CLI::Error& error) {
+        return fmt::format("umbra: {} (see {} --help)\n", error.what(), failed->get_name());
+    });
     RunOptions run_options;
     const CLI::App* run = add_run(app, run_options);
     CLI::App* probe =
@@ -98,14 +104,20 @@ int main(int argc, char** argv) {
     } catch (const CLI::ParseError& error) {
         return app.exit(error) == 0 ? 0 : static_cast<int>(ExitCode::bad_usage);
     }
-    set_up_logging(log_level);
+    set_up_logging(run_options.log_level);
+    return run->parsed() ? umbra::run_command(run_options) : umbra::probe_command(json);
+}
+
+} // namespace
+
+int main(int argc, char** argv) {
     try {
-        return run->parsed() ? umbra::run_command(run_options) : umbra::probe_command(json);
+        return launch(argc, argv);
     } catch (const umbra::StartupError& error) {
-        spdlog::critical("{}", error.what());
+        (void)std::fprintf(stderr, "umbra: %s\n", error.what());
         return static_cast<int>(error.code());
     } catch (const std::exception& error) { // out of memory and the like
-        spdlog::critical("{}", error.what());
+        (void)std::fprintf(stderr, "umbra: %s\n", error.what());
         return static_cast<int>(ExitCode::host_cannot);
     }
 }

@@ -117,7 +117,8 @@ int run_command(const RunOptions& options) {
                           .pool_bytes = shadow ? pool_bytes(memory_bytes) : 0,
                           .serial_output = output.sink(),
                           .debug_output = output.sink()});
-    const VirtualCpu boot = boot_cpu(load(options, kernel, initrd, machine.memory()));
+    const LoadedKernel kernel_image = load(options, kernel, initrd, machine.memory());
+    const VirtualCpu boot = boot_cpu(kernel_image);
     const std::unique_ptr<Engine> engine =
         shadow ? std::unique_ptr<Engine>(std::make_unique<Monitor>(machine, traits, boot))
                : std::make_unique<NativeEngine>(machine, boot);

@@ -19,7 +19,8 @@ struct RunOptions {
     std::string serial = "stdio";
     std::string trace;
     std::string expect;
-    std::optional<double> timeout; ///< seconds
+    std::string log_level = "info"; ///< spdlog's name of one
+    std::optional<double> timeout;  ///< seconds
     EngineKind engine = EngineKind::shadow;
     StatsFormat stats = StatsFormat::none;
     bool qemu_exit = false;

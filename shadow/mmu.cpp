@@ -77,8 +77,9 @@ std::optional<TableIndex> Mmu::allocate() {
     return std::nullopt;
 }
 
-/// The table for `key`, from the cache or new, in step with the guest's table as of the last flush. Nothing
-/// when the pool is exhausted and every table is in use.
+/// The table for `key`, from the cache or new; it and all below it are in step with the guest's as of now:
+/// INVLPG has not reached what the current roots did not refer to. Nothing when the pool is exhausted and
+/// every table is in use.
 std::optional<TableIndex> Mmu::obtain(const TableKey& key) {
     if (const auto found = by_key_.find(key); found != by_key_.end()) {
         const TableIndex index = found->second;
@@ -86,8 +87,7 @@ std::optional<TableIndex> Mmu::obtain(const TableKey& key) {
             ++counters_.tables_reused;
             idle_.splice(idle_.end(), idle_, table(index).idle); // now the most recently used
         }
-        if (table(index).epoch != epoch_)
-            compare(index);
+        compare_tree(index);
         return index;
     }
     const auto index = allocate();
@@ -109,12 +109,22 @@ std::optional<TableIndex> Mmu::obtain(const TableKey& key) {
     return index;
 }
 
-/// Returns an idle table's page to the pool.
+/// The table for `key` that entry `slot` of table `parent` refers to, or is to refer to.
+std::optional<TableIndex> Mmu::child(TableIndex parent, unsigned slot, const TableKey& key) {
+    const ShadowEntry entry = pool_.entries(parent)[slot];
+    if (entry.present() && !is_leaf(table(parent), entry)) {
+        if (const auto linked = pool_.page_of(entry.table()); linked && table(*linked).key == key)
+            return linked;
+    }
+    return obtain(key);
+}
+
+/// Returns an idle table's page to the pool. The tables that are idle without it are the next to go.
 void Mmu::destroy(TableIndex index) {
     Table& dead = table(index);
     for (const ShadowEntry entry : pool_.entries(index)) {
         if (entry.present() && !is_leaf(dead, entry))
-            drop_reference(entry);
+            drop_reference(entry, idle_.begin());
     }
     by_key_.erase(dead.key);
     idle_.erase(dead.idle);
@@ -124,13 +134,14 @@ void Mmu::destroy(TableIndex index) {
     owe(index); // the page may serve again before the machine has forgotten what it held
 }
 
-void Mmu::drop_reference(ShadowEntry entry) {
+/// `place`: where in idle_ the table goes if this was the last reference.
+void Mmu::drop_reference(ShadowEntry entry, std::list<TableIndex>::iterator place) {
     const auto child = pool_.page_of(entry.table());
     if (!child) // the switcher's
         return;
     Table& orphan = table(*child);
     if (--orphan.uses == 0)
-        orphan.idle = idle_.insert(idle_.end(), *child);
+        orphan.idle = idle_.insert(place, *child);
 }
 
 /// The one place where an entry of a shadow table changes.
@@ -150,7 +161,7 @@ void Mmu::set_entry(TableIndex index, unsigned slot, ShadowEntry value) {
         return; // nobody caches an absence
     const bool was_leaf = is_leaf(parent, old);
     if (!was_leaf)
-        drop_reference(old);
+        drop_reference(old, idle_.end());
     if (leaf && was_leaf && is_upgrade(old, value)) {
         ++counters_.upgrades;
         return;
@@ -193,7 +204,7 @@ void Mmu::reset() {
 
 void Mmu::flush() {
     ++counters_.flushes;
-    ++epoch_; // every table is compared again before it is next relied on
+    flushed_ = ++epoch_; // every table is compared again before it is next relied on
 }
 
 /// Drops the shadow entry if the guest's entry is no longer what it was made from. True if it was dropped.
@@ -228,23 +239,24 @@ void Mmu::compare(TableIndex index) {
         compare_entry(index, slot, load_entry(guest, slot));
 }
 
-/// Brings `index` and all tables below it in step with the guest's.
+/// Brings `index` and all tables below it in step with the guest's. No table is behind one that refers to it.
 void Mmu::compare_tree(TableIndex index) {
-    if (table(index).epoch != epoch_)
-        compare(index);
+    if (table(index).epoch == epoch_)
+        return;
+    compare(index);
     if (table(index).key.level == 1)
         return;
     for (const ShadowEntry entry : pool_.entries(index)) {
         if (!entry.present() || is_leaf(table(index), entry))
             continue;
-        const auto child = pool_.page_of(entry.table());
-        if (child && table(*child).epoch != epoch_)
+        if (const auto child = pool_.page_of(entry.table()))
             compare_tree(*child);
     }
 }
 
 void Mmu::invalidate(GuestVirt at) {
     ++counters_.invalidations;
+    ++epoch_; // what the current roots do not refer to now is compared before they do
     for (const auto& root : current_) {
         if (!root)
             continue;
@@ -270,8 +282,8 @@ void Mmu::invalidate(GuestVirt at) {
 TableIndex Mmu::root_table(bool user) {
     const TableKey key{paging_.root, paging_4_level.root().number, role(user)};
     auto& current = current_[user ? 1 : 0];
-    if (current && table(*current).key == key && table(*current).epoch == epoch_)
-        return *current;
+    if (current && table(*current).key == key && table(*current).epoch >= flushed_)
+        return *current; // INVLPG has reached it
     current.reset();
     auto index = obtain(key);
     if (!index) { // every page is below the other root
@@ -279,7 +291,6 @@ TableIndex Mmu::root_table(bool user) {
         index = obtain(key);
     }
     current = index;
-    compare_tree(*index);
     return *index;
 }
 
@@ -343,11 +354,11 @@ bool Mmu::install(const GuestWalk& walk, GuestVirt at, bool user) {
         }
         TableKey key{step.entry.table(), step.level->number - 1, role};
         key.role.user_path = role.user_path && step.entry.user();
-        const auto child = obtain(key);
-        if (!child)
+        const auto next = child(index, slot, key);
+        if (!next)
             return false;
-        set_entry(index, slot, ShadowEntry(pool_.frame(*child), rights));
-        index = *child;
+        set_entry(index, slot, ShadowEntry(pool_.frame(*next), rights));
+        index = *next;
     }
     return true;
 }
@@ -366,45 +377,63 @@ bool Mmu::install_leaf(TableIndex index, const GuestWalk::Step& leaf, GuestVirt 
             set_entry(index, slot, ShadowEntry(MachineFrame(frame.number()), rights | entry_bit::page_size));
             return true;
         }
-        const auto child = obtain({frame, number - 1, Role{.direct = true}});
-        if (!child)
+        const auto next = child(index, slot, {frame, number - 1, Role{.direct = true}});
+        if (!next)
             return false;
-        set_entry(index, slot, ShadowEntry(pool_.frame(*child), rights));
-        index = *child;
+        set_entry(index, slot, ShadowEntry(pool_.frame(*next), rights));
+        index = *next;
         rights = all_rights;
         const Level& below = paging_4_level.level(number - 1);
         frame = frame + (below.index(at) * below.span() >> page_shift);
     }
 }
 
-/// The guest has begun to use the reserved slot: moves the switcher to one that no known root uses.
-bool Mmu::move_slot() {
+/// A top-level slot that neither the guest's root nor any known one uses.
+std::optional<unsigned> Mmu::free_slot() const {
     std::vector<bool> free = config_.usable_slots;
     free[slot_] = false;
+    const auto exclude = [&](GuestFrame root) {
+        const auto guest = memory_.range(root.base(), page_size);
+        for (unsigned slot = 0; slot < entries_per_table && !guest.empty(); ++slot) {
+            if (load_entry(guest, slot).present())
+                free[slot] = false;
+        }
+    };
+    exclude(paging_.root);
     for (std::size_t i = 0; i < tables_.size(); ++i) {
         if (!tables_[i].live || tables_[i].key.level != paging_4_level.root().number)
             continue;
-        const auto guest = memory_.range(tables_[i].key.frame.base(), page_size);
+        exclude(tables_[i].key.frame);
         for (unsigned slot = 0; slot < entries_per_table; ++slot) {
-            if (pool_.entries(static_cast<TableIndex>(i))[slot].present() ||
-                (!guest.empty() && load_entry(guest, slot).present()))
+            if (pool_.entries(static_cast<TableIndex>(i))[slot].present())
                 free[slot] = false;
         }
     }
     const auto found =
         std::find(free.rbegin(), free.rend(), true); // from the top: rarely used by small kernels
     if (found == free.rend())
+        return std::nullopt;
+    return static_cast<unsigned>(std::distance(found, free.rend()) - 1);
+}
+
+/// The guest has begun to use the reserved slot: moves the switcher to another, in every root.
+bool Mmu::move_slot() {
+    auto target = free_slot();
+    if (!target) { // roots of other address spaces stand in the way, perhaps: without them it is this one's
+        reset();
+        target = free_slot();
+    }
+    if (!target)
         return false;
-    const auto target = static_cast<unsigned>(std::distance(found, free.rend()) - 1);
     for (std::size_t i = 0; i < tables_.size(); ++i) {
         if (!tables_[i].live || tables_[i].key.level != paging_4_level.root().number)
             continue;
         const auto index = static_cast<TableIndex>(i);
-        store_entry(pool_.entries(index)[target], switcher_);
+        store_entry(pool_.entries(index)[*target], switcher_);
         store_entry(pool_.entries(index)[slot_], ShadowEntry());
         owe(index);
     }
-    slot_ = target;
+    slot_ = *target;
     ++counters_.slot_moves;
     return true;
 }
@@ -446,8 +475,9 @@ std::optional<std::string> Mmu::audit() const {
             if (is_leaf(parent, entry)) {
                 const MachineFrame frame = entry.page(level);
                 const bool ram = memory_.contains(GuestPhys(frame.base().value()), level.span());
-                if (!ram && (level.number != 1 || machine_frame(GuestFrame(frame.number())) != frame) &&
-                    frame != config_.nothing)
+                const bool small = level.number == 1 && (frame == config_.nothing ||
+                                                         machine_frame(GuestFrame(frame.number())) == frame);
+                if (!ram && !small)
                     return fmt::format("entry {} of table {} maps frame {:#x}, which is not the guest's",
                                        slot, i, frame.number());
                 continue;
@@ -458,6 +488,9 @@ std::optional<std::string> Mmu::audit() const {
             if (table(*child).key.level + 1 != parent.key.level)
                 return fmt::format("entry {} of table {} refers to a table of level {} instead of {}", slot,
                                    i, table(*child).key.level, parent.key.level - 1);
+            if (table(*child).epoch < parent.epoch)
+                return fmt::format("table {} is behind table {}, which refers to it",
+                                   TablePool::number(*child), i);
             ++references[TablePool::number(*child)];
         }
     }

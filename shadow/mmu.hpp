@@ -165,7 +165,7 @@ class Mmu {
         std::uint32_t uses = 0; ///< exact number of present shadow entries that refer to this table
         bool live = false;
         bool owed = false;                    ///< is in debt_.tables
-        std::uint64_t epoch = 0;              ///< the flush that its entries were last compared after
+        std::uint64_t epoch = 0;              ///< when its entries were last compared
         std::list<TableIndex>::iterator idle; ///< place in idle_, while uses == 0
     };
 
@@ -182,10 +182,11 @@ class Mmu {
 
     [[nodiscard]] TableIndex root_table(bool user);
     [[nodiscard]] std::optional<TableIndex> obtain(const TableKey& key);
+    [[nodiscard]] std::optional<TableIndex> child(TableIndex parent, unsigned slot, const TableKey& key);
     [[nodiscard]] std::optional<TableIndex> allocate();
     void destroy(TableIndex index);
     void set_entry(TableIndex index, unsigned slot, ShadowEntry value);
-    void drop_reference(ShadowEntry entry);
+    void drop_reference(ShadowEntry entry, std::list<TableIndex>::iterator place);
     void owe(TableIndex index);
     void compare(TableIndex index);
     void compare_tree(TableIndex index);
@@ -194,6 +195,7 @@ class Mmu {
     [[nodiscard]] bool install_leaf(TableIndex index, const GuestWalk::Step& leaf, GuestVirt at,
                                     std::uint64_t rights);
     [[nodiscard]] MachineFrame machine_frame(GuestFrame frame) const;
+    [[nodiscard]] std::optional<unsigned> free_slot() const;
     [[nodiscard]] bool move_slot();
 
     const GuestMemory& memory_;
@@ -204,7 +206,8 @@ class Mmu {
 
     GuestPaging paging_;
     bool trap_user_fetch_ = false;
-    std::uint64_t epoch_ = 1;                 ///< counts flushes
+    std::uint64_t epoch_ = 1;                 ///< counts flushes and INVLPGs
+    std::uint64_t flushed_ = 1;               ///< the epoch that the last flush began
     std::vector<Table> tables_;               ///< by pool page
     std::unique_ptr<GuestEntry[]> snapshots_; ///< by pool page: what each shadow entry was made from
     std::unordered_map<TableKey, TableIndex, TableKeyHash> by_key_;

@@ -105,7 +105,7 @@ enum class Vector : std::uint8_t {
 
 /// An exception to be delivered to the guest.
 struct Exception {
-    Vector vector;
+    Vector vector{};
     std::optional<std::uint32_t> error_code;
     GuestVirt address; ///< becomes CR2; page faults only
 

@@ -24,6 +24,7 @@ constexpr DeviceWindow local_apic{GuestPhys(0xfee0'0000).frame(), 1};
 constexpr unsigned fill_patience = 16;
 
 constexpr std::uint8_t first_interrupt = 32;
+constexpr std::uint32_t msr_tsc_aux = 0xc0000103;
 
 MmuConfig mmu_config(const Machine& machine, const HostTraits& traits) {
     MmuConfig config;
@@ -329,8 +330,14 @@ Monitor::Step Monitor::deliver_event(const Event& event, TrapReason reason) {
     __builtin_unreachable();
 }
 
-/// Tells the machine of control-register bits that it honours by itself.
+/// Tells the machine of registers that it honours by itself: control-register bits, and what RDTSCP and RDPID
+/// read.
 void Monitor::refresh_control() {
+    if (cpu_.tsc_aux != machine_tsc_aux_) {
+        machine_tsc_aux_ = cpu_.tsc_aux;
+        (void)machine_.vcpu().write_msr(msr_tsc_aux,
+                                        cpu_.tsc_aux); // fails only where CPUID does not offer it
+    }
     if (cpu_.cr0 == machine_cr0_ && cpu_.cr4 == machine_cr4_)
         return;
     machine_cr0_ = cpu_.cr0;

@@ -63,8 +63,9 @@ class Monitor final : public Engine, private CpuEnvironment {
     std::vector<CpuidLeaf> cpuid_;
     std::uint64_t machine_cr4_allowed_; ///< what KVM lets the machine have
     unsigned placed_slot_;
-    std::uint64_t machine_cr0_ = 0, machine_cr4_ = 0; ///< the guest's, as last told to the switcher
-    std::optional<NativePortAccess> native_access_;   ///< to be made at the next entry
+    std::uint64_t machine_cr0_ = 0, machine_cr4_ = 0,
+                  machine_tsc_aux_ = 0;             ///< the guest's, as last told to the machine
+    std::optional<NativePortAccess> native_access_; ///< to be made at the next entry
 
     std::uint64_t start_ = 0;  ///< of the current trap
     std::uint32_t detail_ = 0; ///< for its record

@@ -40,7 +40,7 @@ void RunControl::request(std::atomic<bool>& flag) {
     kick();
 }
 
-void RunControl::input(std::string text) {
+void RunControl::input(std::string_view text) {
     {
         const std::lock_guard lock(mutex_);
         input_ += text;

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <mutex>
 #include <string>
+#include <string_view>
 
 #include <pthread.h>
 
@@ -22,7 +23,7 @@ class RunControl {
     void interrupt() { request(interrupted_); }
     /// The console has printed what the user waits for.
     void expectation_met() { request(met_); }
-    void input(std::string text);
+    void input(std::string_view text);
     /// The run is to end: nobody should wait for anything else.
     [[nodiscard]] bool ending() const { return timed_out_ || interrupted_; }
 

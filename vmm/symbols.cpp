@@ -25,7 +25,8 @@ std::span<const std::byte> contents(std::span<const std::byte> file, std::uint64
 template<class T>
 std::vector<T> table_of(std::span<const std::byte> bytes) {
     std::vector<T> table(bytes.size() / sizeof(T));
-    std::memcpy(table.data(), bytes.data(), table.size() * sizeof(T));
+    const auto whole = bytes.first(table.size() * sizeof(T));
+    std::ranges::copy(whole, std::as_writable_bytes(std::span(table)).begin());
     return table;
 }
 

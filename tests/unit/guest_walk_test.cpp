@@ -54,7 +54,7 @@ class Chain {
         return GuestFrame(paging.format->levels.size() - number);
     }
     [[nodiscard]] GuestPhys slot(unsigned number) const {
-        return table(number).base() + level(number).index(at) * 8;
+        return table(number).base() + level(number).index(at) * sizeof(GuestEntry);
     }
     /// Gives the entry of level `number` these bits, its frame and, for a large leaf, PS.
     void set(unsigned number, std::uint64_t bits) {
@@ -198,7 +198,7 @@ TEST_P(Permissions, AnyTwoOfFiveLevels) {
     for (unsigned a = 0; a < depth; ++a) {
         for (unsigned b = 0; b < depth; ++b) {
             for (unsigned combination = 0; combination < 256; ++combination) {
-                std::array<Bits, 5> entries;
+                std::array<Bits, 5> entries{};
                 entries.fill(Bits{7});
                 entries.at(a) = Bits{combination & 0xf};
                 entries.at(b) = Bits{combination >> 4};
@@ -263,8 +263,9 @@ TEST(GuestWalk, FirstAndLastAddress) {
     for (const GuestVirt at : {GuestVirt(0), last}) {
         for (const Level& level : paging_4_level.levels) {
             const GuestFrame next = level.number == 1 ? Chain::page.frame() : chain.table(level.number - 1);
-            ASSERT_TRUE(chain.memory.write(chain.table(level.number).base() + level.index(at) * 8,
-                                           GuestEntry(next, table_bits).raw()));
+            ASSERT_TRUE(
+                chain.memory.write(chain.table(level.number).base() + level.index(at) * sizeof(GuestEntry),
+                                   GuestEntry(next, table_bits).raw()));
         }
         const GuestWalk walk = walk_guest(chain.memory, chain.paging, at, {});
         EXPECT_FALSE(walk.fault);

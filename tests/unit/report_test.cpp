@@ -25,6 +25,11 @@ constexpr std::uint64_t user_page = 0x40'0000;
 constexpr std::uint64_t read_only_page = 0x40'1000;
 constexpr std::uint64_t unmapped_page = 0x7f00'0000'0000;
 
+// Guest-physical, where the IDT register leads to.
+constexpr std::uint64_t idt = 0x9200;
+constexpr std::uint64_t page_fault_gate = idt + 0xe0;
+constexpr std::uint64_t double_fault_gate = idt + 0x80;
+
 /// A symbol table of functions of 0x40 bytes each, from code_address on.
 Symbols make_symbols(std::initializer_list<const char*> names) {
     Elf64_Ehdr header{};
@@ -116,7 +121,7 @@ class ReportTest : public ::testing::Test {
     void map(std::uint64_t at, std::uint64_t frame_base, std::uint64_t rights) {
         GuestPhys table(0x1000);
         for (const Level& level : paging_4_level.levels) {
-            const GuestPhys slot = table + level.index(GuestVirt(at)) * 8;
+            const GuestPhys slot = table + level.index(GuestVirt(at)) * sizeof(GuestEntry);
             if (level.number == 1) {
                 put(slot.value(), frame_base | rights | entry_bit::present | entry_bit::accessed);
                 return;
@@ -191,7 +196,7 @@ std::string section(const std::string& report, std::string_view title) {
 // ---- flags of entries
 
 std::string flags(std::uint64_t raw, unsigned level) {
-    const std::string guest = entry_flags(GuestEntry(raw), paging_4_level.level(level));
+    std::string guest = entry_flags(GuestEntry(raw), paging_4_level.level(level));
     EXPECT_EQ(guest, entry_flags(ShadowEntry(raw), paging_4_level.level(level)));
     return guest;
 }
@@ -489,10 +494,9 @@ TEST_F(ReportTest, WalkInTheShadowTables) {
 }
 
 TEST_F(ReportTest, GatesOfAnEventThatCouldNotBeDelivered) {
-    constexpr std::uint64_t idt = 0x9200; // where cpu.idtr leads to
-    put(idt + 14 * 16, 0x0010'8e03'0008'0040);
-    put(idt + 14 * 16 + 8, 0xffff'8000);
-    put(idt + 8 * 16, 0x1234'6f00'0010'5678);
+    put(page_fault_gate, 0x0010'8e03'0008'0040);
+    put(page_fault_gate + 8, 0xffff'8000);
+    put(double_fault_gate, 0x1234'6f00'0010'5678);
     add_fault(TrapAction::deliver, unmapped_page, 0, 1);
     EXPECT_EQ(section(report(), "IDT gates"), "");
     add_fault(TrapAction::stop, unmapped_page, 0, 2);
@@ -500,9 +504,9 @@ TEST_F(ReportTest, GatesOfAnEventThatCouldNotBeDelivered) {
               "IDT gates of the last event, and of the double fault:\n"
               "  #DF         0000000012345678  cs 0010  ist 0  dpl 3  not present\n"
               "  #PF         ffff800000100040  cs 0008  ist 3  dpl 0  interrupt gate  <panic+0x0>\n");
-    put(idt + 8 * 16, 0x1234'ef00'0010'5678);
+    put(double_fault_gate, 0x1234'ef00'0010'5678);
     EXPECT_TRUE(has(section(report(), "IDT gates"), "dpl 3  trap gate\n"));
-    put(idt + 8 * 16, 0x1234'e500'0010'5678);
+    put(double_fault_gate, 0x1234'e500'0010'5678);
     EXPECT_TRUE(has(section(report(), "IDT gates"), "dpl 3  not a gate of long mode\n"));
     cpu.idtr.limit = 14 * 16 + 14;
     EXPECT_TRUE(has(section(report(), "IDT gates"), "  #PF         lies beyond the IDT's limit\n"));
@@ -574,7 +578,7 @@ TEST_F(ReportTest, IsNarrowPlainAscii) {
                     .dpl = 3,
                     .present = true,
                     .long_mode = true};
-    for (unsigned i = 0; i < 32; ++i)
+    for (std::uint64_t i = 0; i < 32; ++i)
         add_fault(TrapAction::deliver, ~std::uint64_t{0}, 0x1f, 1'000'000 * i);
     std::istringstream lines(report());
     for (std::string line; std::getline(lines, line);) {
@@ -643,9 +647,9 @@ TEST_F(ReportTest, Example) {
     log.add(port);
     add(TrapReason::instruction, TrapAction::emulate, code_address + 0x44, time += 33);
     add_fault(TrapAction::stop, read_only_page + 8, PageFault::write | PageFault::user | PageFault::present,
-              time += 27);
-    put(0x9200 + 14 * 16, 0x0010'8e00'0008'0040);
-    put(0x9200 + 14 * 16 + 8, 0xffff'8000);
+              time + 27);
+    put(page_fault_gate, 0x0010'8e00'0008'0040);
+    put(page_fault_gate + 8, 0xffff'8000);
     const ReportSubject subject = report_subject(cpu, log);
     const std::string text = report(mmu.shadow_walk(subject.address, subject.access.user),
                                     "triple fault: while vector 14 was delivered");

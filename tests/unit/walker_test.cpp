@@ -25,7 +25,7 @@ class Tables {
     void map(GuestVirt at, unsigned level, GuestFrame frame) {
         GuestFrame table = root;
         for (const Level& here : format.levels) {
-            const GuestPhys slot = table.base() + here.index(at) * 8;
+            const GuestPhys slot = table.base() + here.index(at) * sizeof(GuestEntry);
             if (here.number == level) {
                 entries[slot] = GuestEntry(frame, table_bits | (level > 1 ? entry_bit::page_size : 0));
                 return;

@@ -1,0 +1,185 @@
+// A trap's round trip through umbra against the bare minimum, and what umbra itself adds to it.
+
+#include "tests/bench/bare_machine.hpp"
+#include "tests/bench/guest_loops.hpp"
+#include "tests/bench/result.hpp"
+#include "vmm/error.hpp"
+#include "vmm/loader/boot_params.hpp"
+
+namespace umbra::bench {
+namespace {
+
+constexpr unsigned traps_a_slice = 20;
+constexpr unsigned slices = 300;
+static_assert(std::size_t{slices} * (traps_a_slice + 1) <= BareMachine::pages);
+
+constexpr Goal trap_goal{.of = Goal::Of::ratio, .bound = Goal::Bound::at_most, .value = 1.15};
+
+/// The bare minimum of either way back into the guest: the faster one is the baseline, whatever umbra chose.
+class BareTraps {
+  public:
+    explicit BareTraps(const Kvm& kvm)
+        : by_registers_{.machine = {kvm, loops_image(), ResumeBy::system_registers}, .times = {}},
+          by_iretq_{.machine = {kvm, loops_image(), ResumeBy::iretq}, .times = {}} {}
+
+    template<class Slice>
+    void time(Slice&& slice) {
+        for (Bare* bare : {&by_registers_, &by_iretq_}) {
+            const auto ticks = slice(bare->machine);
+            ok_ &= ticks.has_value();
+            bare->times.push_back(static_cast<double>(ticks.value_or(0)));
+        }
+    }
+    template<class Start>
+    void start(Start&& start) {
+        start(by_registers_.machine);
+        start(by_iretq_.machine);
+    }
+    [[nodiscard]] bool ok() const { return ok_; }
+    [[nodiscard]] double median_ticks() const {
+        return std::min(median(by_registers_.times), median(by_iretq_.times));
+    }
+
+  private:
+    struct Bare {
+        BareMachine machine;
+        std::vector<double> times;
+    };
+    Bare by_registers_, by_iretq_;
+    bool ok_ = true;
+};
+
+/// What `trap` takes, traps_a_slice times; nothing if it returns false once. The first one is not counted: as
+/// in the guest, the vCPU has been loaded when the clock is started.
+template<class Trap>
+std::optional<std::uint64_t> time_traps(Trap&& trap) {
+    if (!trap())
+        return std::nullopt;
+    const std::uint64_t start = timestamp();
+    for (unsigned i = 0; i < traps_a_slice; ++i) {
+        if (!trap())
+            return std::nullopt;
+    }
+    return timestamp() - start;
+}
+
+double per_trap(double ticks) {
+    return nanoseconds(ticks) / traps_a_slice;
+}
+
+void report_traps(benchmark::State& state, const std::vector<double>& times, const BareTraps& bare) {
+    const double measured = per_trap(median(times)), baseline = per_trap(bare.median_ticks());
+    report(state, {Unit::nanoseconds, measured, baseline, measured / baseline, trap_goal});
+}
+
+void emulated_instruction(const Kvm& kvm, benchmark::State& state) {
+    LoopGuest guest(kvm, probe_traits(kvm));
+    BareTraps bare(kvm);
+    const std::size_t loop = loop_offset(bench_sensitive);
+    bare.start([&](BareMachine& machine) { machine.start(loop, ~std::uint64_t{0}, 0); });
+    guest.mailbox().first = traps_a_slice;
+    std::vector<double> times;
+    const bool passed = guest.run(loop, slices, [&] {
+        times.push_back(static_cast<double>(guest.mailbox().ticks));
+        bare.time([](BareMachine& machine) {
+            return time_traps([&] {
+                const bool trapped = machine.run();
+                machine.resume(BENCH_SENSITIVE_SIZE);
+                return trapped;
+            });
+        });
+    });
+    if (!passed || !bare.ok())
+        return state.SkipWithError("the guest or the bare machine failed");
+    report_traps(state, times, bare);
+}
+
+/// Guest page tables for pages that nobody has touched: they lead to one page, which others do not matter to.
+void map_guest_pages(const GuestMemory& memory) {
+    constexpr GuestPhys pdpt{0x400000}, directory{0x401000}, tables{0x402000}, page{0x500000};
+    constexpr std::uint64_t rights = entry_bit::present | entry_bit::writable;
+    const auto entry = [&](GuestPhys table, std::size_t slot, GuestPhys target) {
+        (void)memory.write(table + slot * sizeof(GuestEntry), GuestEntry(target.frame(), rights));
+    };
+    entry(boot_page_tables, paging_4_level.root().index(BareMachine::pages_begin), pdpt);
+    entry(pdpt, 0, directory);
+    for (std::size_t i = 0; i < BareMachine::pages / entries_per_table; ++i)
+        entry(directory, i, tables + i * page_size);
+    for (std::size_t i = 0; i < BareMachine::pages; ++i)
+        entry(tables, i, page);
+}
+
+struct FaultTimes {
+    std::vector<double> round_trips; ///< in the guest, traps_a_slice each
+    std::vector<double> in_umbra;    ///< each, in umbra's own record
+};
+
+/// Has the guest touch pages, `between` after each slice. False if it failed.
+template<class Between>
+bool touch_pages(LoopGuest& guest, FaultTimes& times, Between&& between) {
+    map_guest_pages(guest.memory());
+    LoopGuest::Mailbox& mailbox = guest.mailbox();
+    mailbox.first = BareMachine::pages_begin.value();
+    mailbox.second = traps_a_slice;
+    return guest.run(loop_offset(bench_touch), slices, [&] {
+        times.round_trips.push_back(static_cast<double>(mailbox.ticks));
+        for (const TrapRecord& record : guest.log().last()) {
+            if (record.action == TrapAction::fill && record.address >= BareMachine::pages_begin)
+                times.in_umbra.push_back(static_cast<double>(record.end - record.start));
+        }
+        mailbox.first += traps_a_slice * page_size;
+        between();
+    });
+}
+
+void hidden_fault(const Kvm& kvm, benchmark::State& state) {
+    LoopGuest guest(kvm, probe_traits(kvm));
+    BareTraps bare(kvm);
+    bare.start([](BareMachine& machine) {
+        machine.start(loop_offset(bench_touch), BareMachine::pages_begin.value(), ~std::uint64_t{0});
+    });
+    FaultTimes times;
+    std::size_t page = 0;
+    const bool passed = touch_pages(guest, times, [&] {
+        const std::size_t first = page;
+        bare.time([&](BareMachine& machine) {
+            page = first;
+            return time_traps([&] {
+                const bool trapped = machine.run();
+                machine.map(page++);
+                machine.resume(0);
+                return trapped;
+            });
+        });
+    });
+    if (!passed || !bare.ok())
+        return state.SkipWithError("the guest or the bare machine failed");
+    report_traps(state, times.round_trips, bare);
+}
+
+void hidden_fault_in_umbra(const Kvm& kvm, benchmark::State& state) {
+    LoopGuest guest(kvm, probe_traits(kvm));
+    FaultTimes times;
+    if (!touch_pages(guest, times, [] {}))
+        return state.SkipWithError("the guest failed");
+    constexpr Goal goal{.of = Goal::Of::measured, .bound = Goal::Bound::at_most, .value = 1000};
+    report(state, {Unit::nanoseconds, nanoseconds(median(times.in_umbra)), {}, 0, goal});
+}
+
+template<void (*run)(const Kvm&, benchmark::State&)>
+void with_kvm(benchmark::State& state) {
+    for ([[maybe_unused]] auto _ : state) {
+        try {
+            run(Kvm(), state);
+        } catch (const StartupError& error) {
+            state.SkipWithError(error.what());
+        }
+    }
+}
+
+BENCHMARK(with_kvm<emulated_instruction>)->Name("trap: emulated instruction")->Iterations(1);
+BENCHMARK(with_kvm<hidden_fault>)->Name("trap: hidden fault")->Iterations(1);
+BENCHMARK(with_kvm<hidden_fault_in_umbra>)->Name("hidden fault: in umbra")->Iterations(1);
+
+} // namespace
+} // namespace umbra::bench

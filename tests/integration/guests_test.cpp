@@ -1,0 +1,132 @@
+// Each shipped guest on each engine: it must end as guest/outcomes.json says.
+#include "tests/integration/child.hpp"
+#include "tests/integration/files.hpp"
+#include "tests/integration/host.hpp"
+
+#include <chrono>
+#include <iostream>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+namespace umbra {
+namespace {
+
+struct GuestRun {
+    std::string name, outcome, memory, console, engine;
+};
+
+void PrintTo(const GuestRun& run, std::ostream* stream) {
+    *stream << run.name << " on " << run.engine << ": " << run.outcome;
+}
+
+std::vector<GuestRun> all_runs() {
+    const auto outcomes =
+        nlohmann::json::parse(contents_of(build_folder() / "guest/outcomes.json"), nullptr, false);
+    std::vector<GuestRun> runs;
+    if (!outcomes.is_array())
+        return runs;
+    for (const auto& guest : outcomes)
+        for (const char* const engine : {"shadow", "native"})
+            runs.push_back(
+                {guest.at("name"), guest.at("outcome"), guest.at("memory"), guest.at("console"), engine});
+    return runs;
+}
+
+TEST(GuestsTest, OutcomesAreDeclared) {
+    EXPECT_GE(all_runs().size(), 20U) << "guest/outcomes.json is missing, damaged or short";
+}
+
+class GuestTest : public KvmTest, public testing::WithParamInterface<GuestRun> {
+  protected:
+    void SetUp() override {
+        KvmTest::SetUp();
+        if (!IsSkipped() && !HasFatalFailure())
+            require_engine(GetParam().engine);
+    }
+};
+
+std::vector<std::string> arguments_for(const GuestRun& run) {
+    std::vector<std::string> arguments{"run", "--engine", run.engine, "-m", run.memory};
+    if (run.outcome == "timeout")
+        arguments.insert(arguments.end(), {"--timeout", "1.5"});
+    arguments.push_back(guest_file(run.name));
+    const auto words = words_for_guest(run.engine);
+    arguments.insert(arguments.end(), words.begin(), words.end());
+    return arguments;
+}
+
+void expect_outcome(const Ended& ended, const GuestRun& run) {
+    const std::string failed = "failed:";
+    if (run.outcome == "passed") {
+        EXPECT_EQ(ended.exit_code, 0) << ended;
+        EXPECT_EQ(ended.verdict(), "passed") << ended;
+    } else if (run.outcome == "triple-fault") {
+        EXPECT_EQ(ended.exit_code, 3) << ended;
+        EXPECT_NE(ended.err.find("umbra: triple fault"), std::string::npos) << ended;
+    } else if (run.outcome == "timeout") {
+        EXPECT_EQ(ended.exit_code, 124) << ended;
+        EXPECT_EQ(ended.verdict(), "timed out") << ended;
+    } else if (run.outcome.starts_with(failed)) {
+        EXPECT_EQ(ended.exit_code, 1) << ended;
+        EXPECT_TRUE(
+            ended.verdict().starts_with("failed with code " + run.outcome.substr(failed.size()) + " "))
+            << ended;
+    } else {
+        FAIL() << "no test knows the outcome " << run.outcome;
+    }
+}
+
+TEST_P(GuestTest, EndsAsDeclared) {
+    const GuestRun& run = GetParam();
+    constexpr std::chrono::seconds limit{300};
+    const Ended ended = run_umbra(arguments_for(run), limit);
+    expect_outcome(ended, run);
+    EXPECT_NE(ended.out.find(run.console), std::string::npos) << ended;
+}
+
+INSTANTIATE_TEST_SUITE_P(Shipped, GuestTest, testing::ValuesIn(all_runs()),
+                         [](const testing::TestParamInfo<GuestRun>& run) {
+                             return run.param.name + "_" + run.param.engine;
+                         });
+
+class ManyGuestsTest : public EngineTest {};
+
+TEST_P(ManyGuestsTest, RunAtTheSameTime) {
+    const std::vector<std::string> guests{"hello", "spaces", "fail", "hello", "timer", "user"};
+    std::vector<std::unique_ptr<Child>> children;
+    for (const std::string& guest : guests)
+        children.push_back(
+            std::make_unique<Child>(umbra_command(arguments_for({guest, "passed", "64M", "", GetParam()}))));
+    for (std::size_t i = 0; i < children.size(); ++i) {
+        const Ended& ended = children[i]->end();
+        EXPECT_EQ(ended.exit_code, guests[i] == "fail" ? 1 : 0) << guests[i] << ": " << ended;
+    }
+}
+
+TEST_P(ManyGuestsTest, EndTheSameWayEveryTime) {
+    for (int i = 0; i < 20; ++i) {
+        const Ended ended = run_umbra({"run", "--engine", GetParam(), guest_file("hello")});
+        ASSERT_EQ(ended.exit_code, 0) << "run " << i << ": " << ended;
+        ASSERT_EQ(lines_of(ended.out).size(), 3U) << "run " << i << ": " << ended;
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Engines, ManyGuestsTest, testing::Values("shadow", "native"),
+                         testing::PrintToStringParamName());
+
+using HelloTest = KvmTest;
+
+TEST_F(HelloTest, NeedsLittleMemoryOfTheHost) {
+    const Ended ended = run_umbra({"run", guest_file("hello")});
+    ASSERT_EQ(ended.exit_code, 0) << ended;
+    std::cout << "hello: " << ended.resident_kb << " KB resident at most\n";
+    constexpr long far_too_much = 64 * 1024; // what it should need is measured by tests/bench
+    EXPECT_LT(ended.resident_kb, far_too_much) << "has guest memory been touched that is not used?";
+}
+
+} // namespace
+} // namespace umbra

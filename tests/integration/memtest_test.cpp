@@ -1,0 +1,172 @@
+// A real program: Debian's memtest86+, unmodified, makes a full pass over its memory without an error.
+#include "tests/integration/child.hpp"
+#include "tests/integration/host.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <csignal>
+#include <iostream>
+#include <optional>
+#include <regex>
+#include <string>
+#include <string_view>
+
+#include <gtest/gtest.h>
+
+namespace umbra {
+namespace {
+
+using namespace std::chrono_literals;
+
+/// The screen of a terminal of 80 columns and 25 lines, as far as memtest86+ needs one: text, cursor
+/// positions and erasing; colours are ignored. ECMA-48, 8.3.
+class Screen {
+  public:
+    Screen() { erase(); }
+
+    void put(std::string_view text) {
+        for (const char character : text)
+            put(character);
+    }
+    /// All lines, each ended.
+    [[nodiscard]] std::string text() const {
+        std::string text;
+        for (const std::string& line : lines_)
+            text += line + '\n';
+        return text;
+    }
+
+  private:
+    static constexpr std::size_t rows = 25, columns = 80;
+
+    void put(char character) {
+        switch (state_) {
+        case State::text:
+            if (character == '\x1b')
+                state_ = State::escape;
+            else
+                print(character);
+            break;
+        case State::escape:
+            state_ = character == '[' ? State::sequence : State::text;
+            parameters_.clear();
+            break;
+        case State::sequence:
+            if (character < '@') {
+                parameters_ += character;
+            } else {
+                obey(character);
+                state_ = State::text;
+            }
+            break;
+        }
+    }
+    void print(char character) {
+        if (character == '\r') {
+            column_ = 0;
+        } else if (character == '\n') {
+            row_ = std::min(row_ + 1, rows - 1);
+        } else if (character >= ' ' && column_ < columns) {
+            lines_.at(row_).at(column_++) = character;
+        }
+    }
+    void obey(char command) {
+        if (command == 'J')
+            erase();
+        if (command != 'H' && command != 'f')
+            return;
+        static const std::regex position("([0-9]*);?([0-9]*)");
+        std::smatch match;
+        if (!std::regex_match(parameters_, match, position))
+            return;
+        const auto number = [&match](std::size_t i, std::size_t most) -> std::size_t {
+            return std::clamp<std::size_t>(match[i].length() == 0 ? 1 : std::stoul(match[i]), 1, most) - 1;
+        };
+        row_ = number(1, rows);
+        column_ = number(2, columns);
+    }
+    void erase() { lines_.fill(std::string(columns, ' ')); }
+
+    enum class State { text, escape, sequence };
+
+    std::array<std::string, rows> lines_;
+    std::size_t row_ = 0, column_ = 0;
+    State state_ = State::text;
+    std::string parameters_;
+};
+
+TEST(ScreenTest, ShowsWhatATerminalWould) {
+    Screen screen;
+    screen.put("\x1b[2J\x1b[?25lab\x1b[2;4Hx\x1b[1;1H\x1b[0;37;44mA\x1b[25;80H$$\x1b[H");
+    std::string expected;
+    for (int row = 1; row <= 25; ++row) {
+        std::string line(80, ' ');
+        if (row == 1)
+            line.replace(0, 2, "Ab");
+        if (row == 2)
+            line[3] = 'x';
+        if (row == 25)
+            line[79] = '$';
+        expected += line + '\n';
+    }
+    EXPECT_EQ(screen.text(), expected);
+    screen.put("\x1b[2J");
+    EXPECT_EQ(screen.text().find_first_not_of(" \n"), std::string::npos);
+}
+
+const char* const memtest = "/boot/memtest86+x64.bin";
+
+/// The first group of `pattern` on the screen; empty if it is not there.
+std::string shown(const Screen& screen, const std::string& pattern) {
+    std::smatch match;
+    const std::string text = screen.text();
+    return std::regex_search(text, match, std::regex(pattern)) ? match[1].str() : "";
+}
+
+class MemtestTest : public KvmTest {
+  protected:
+    void SetUp() override {
+        KvmTest::SetUp();
+        if (IsSkipped() || HasFatalFailure())
+            return;
+        if (::access(memtest, R_OK) != 0)
+            UMBRA_MISSING(std::string(memtest) + " is missing: install memtest86+");
+    }
+};
+
+TEST_F(MemtestTest, FullPassFindsNoError) {
+    constexpr std::chrono::minutes limit{12}; // three of them are the bit fade test's, which waits
+    Child child(umbra_command({"run", "-m", "64M", "--append", "console=ttyS0,115200", memtest}));
+    const auto start = std::chrono::steady_clock::now();
+    const auto time = [&] {
+        return std::chrono::duration_cast<std::chrono::seconds>(std::chrono::steady_clock::now() - start);
+    };
+    Screen screen;
+    std::size_t seen = 0;
+    std::string test, passes;
+    while (passes != "1" && time() < limit && child.run_for(500ms)) {
+        screen.put(std::string_view(child.output()).substr(seen));
+        seen = child.output().size();
+        passes = shown(screen, "Pass: +([0-9]+) ");
+        ASSERT_TRUE(shown(screen, "Errors: +([0-9]+) ") == "0" || passes.empty()) << screen.text();
+        const std::string now = shown(screen, R"((#[0-9]+ +\[[^\]]*\]))");
+        if (now != test)
+            std::cout << "memtest86+ after " << time().count() << " s: " << now << std::endl;
+        test = now;
+    }
+    std::cout << "memtest86+ after " << time().count() << " s:\n" << screen.text() << std::flush;
+    EXPECT_EQ(passes, "1");
+    EXPECT_EQ(shown(screen, "Errors: +([0-9]+) "), "0");
+    EXPECT_EQ(shown(screen, "Memory  : +([0-9]+MB) "), "64MB");
+
+    child.send_signal(SIGINT);
+    const Ended& ended = child.end();
+    EXPECT_EQ(ended.exit_code, 130) << ended.err;
+    EXPECT_EQ(ended.err, "umbra: interrupted\n");
+}
+
+} // namespace
+} // namespace umbra

@@ -1,0 +1,145 @@
+// What the developer of a guest is shown when it cannot go on.
+#include "tests/integration/child.hpp"
+#include "tests/integration/files.hpp"
+#include "tests/integration/host.hpp"
+#include "tests/integration/machine_code.hpp"
+
+#include <algorithm>
+#include <regex>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+namespace umbra {
+namespace {
+
+using namespace machine_code;
+
+class ReportTest : public EngineTest {
+  protected:
+    static Ended run(const std::string& kernel) {
+        return run_umbra({"run", "--engine", GetParam(), "--timeout", "100", kernel});
+    }
+    static bool shadow() { return GetParam() == "shadow"; }
+
+    TemporaryFolder folder;
+};
+
+void expect_matches(const Ended& ended, const std::vector<std::string>& patterns) {
+    for (const std::string& pattern : patterns)
+        EXPECT_TRUE(std::regex_search(ended.err, std::regex(pattern))) << "not there: " << pattern << "\n"
+                                                                       << ended;
+}
+
+/// The lines of the section whose heading begins with `heading`.
+std::vector<std::string> section(const Ended& ended, const std::string& heading) {
+    const auto lines = lines_of(ended.err);
+    auto at = std::ranges::find_if(lines, [&](const std::string& line) { return line.starts_with(heading); });
+    std::vector<std::string> found;
+    if (at != lines.end())
+        for (++at; at != lines.end() && !at->empty(); ++at)
+            found.push_back(*at);
+    return found;
+}
+
+TEST_P(ReportTest, TripleFaultShowsWhereAndWhy) {
+    const Ended ended = run(guest_file("triple"));
+    EXPECT_EQ(ended.exit_code, 3) << ended;
+    expect_matches(ended,
+                   {
+                       R"(\nGuest report: triple fault)",
+                       R"(\nRegisters \(CPL 0\):\n)",
+                       R"(\n  rip    [0-9a-f]{16}  <kernel_main\+0x[0-9a-f]+>\n)",
+                       R"(\n  rflags [0-9a-f]{16}  )",
+                       R"(\n  rax [0-9a-f]{16}  rbx [0-9a-f]{16}  rcx [0-9a-f]{16}  rdx [0-9a-f]{16}\n)",
+                       R"(\n  r12 [0-9a-f]{16}  r13 [0-9a-f]{16}  r14 [0-9a-f]{16}  r15 [0-9a-f]{16}\n)",
+                       R"(\n     [0-9a-f]{16}  0f01[0-9a-f]+ +lidt )",
+                       R"(\n  => [0-9a-f]{16}  0f0b +ud2\n)",
+                       R"(\n  [0-9a-f]{16}  [0-9a-f]{16}  <_start\+0x[0-9a-f]+>\n)", // on the stack
+                       R"(\n  cr0  [0-9a-f]{16}  PE MP ET NE WP PG\n)",
+                       R"(\n  cr3  0000000000009000  root gpa:0x9000, 4-level tables\n)",
+                       R"(\n  efer [0-9a-f]{16}  LME LMA NXE\n)",
+                       R"(\n  idtr +base 0000000000000000  limit 00000000\n)",
+                       R"(\n  cs +0010  base 0000000000000000 .* 64-bit code)",
+                   });
+}
+
+TEST_P(ReportTest, TranslationIsWalkedInBothTables) {
+    const Ended ended = run(guest_file("triple"));
+    const auto walks = section(ended, "Translation of ");
+    const auto count = [&](const char* pattern) {
+        return std::ranges::count_if(
+            walks, [&](const std::string& line) { return std::regex_search(line, std::regex(pattern)); });
+    };
+    EXPECT_EQ(count("in the guest's tables:"), 1) << ended;
+    EXPECT_EQ(count("^  (PML4E|PDPTE|PDE)  +gpa:0x[0-9a-f]+ +[0-9a-f]{16}  P W "), 3) << ended;
+    EXPECT_EQ(count("2 MB page gpa:0x0$"), 1) << ended;
+    EXPECT_EQ(count(R"(tables:$)"), shadow() ? 2 : 1) << ended;
+    EXPECT_EQ(count("^  (PML4E|PDPTE|PDE|PTE) +mpa:0x[0-9a-f]+ +[0-9a-f]{16}  P W U A "), shadow() ? 3 : 0)
+        << ended;
+}
+
+TEST_P(ReportTest, PageFaultThatCannotBeDeliveredIsExplained) {
+    if (!shadow())
+        GTEST_SKIP() << "the native engine sees no page faults";
+    const Ended ended = run(guest_file("cr3"));
+    EXPECT_EQ(ended.exit_code, 3) << ended;
+    expect_matches(
+        ended,
+        {
+            R"(\n  => [0-9a-f]{16}  cannot be fetched: )",
+            R"(\nTranslation of 0x[0-9a-f]{16} for a fetch by the kernel \(the last trap, a page fault\):\n)",
+            R"(not in RAM, and reads as all-ones\n)",
+            R"(\n +-?0\.000  0  page_fault +stop +[0-9a-f]{16} )",
+        });
+}
+
+TEST_P(ReportTest, LastTrapsAreListed) {
+    if (!shadow())
+        GTEST_SKIP() << "the native engine has few traps";
+    const Ended few = run(guest_file("triple"));
+    expect_matches(few, {R"(\nLast ([0-9]+) of \1 traps)", R"(page_fault +fill .* <_start\+0x0>\n)",
+                         R"(instruction +emulate .* <umbra::guest::flush_console\+0x[0-9a-f]+>\n)",
+                         R"(exception +stop +[0-9a-f]{16}  #UD +<kernel_main\+0x[0-9a-f]+>\n)"});
+    const Ended many = run(folder.write("kernel", elf_kernel(repeat(100, write_port(0x80, 0)) + ud2)));
+    expect_matches(many, {R"(\nLast 32 of 1[0-9][0-9] traps)"});
+    constexpr std::size_t heading = 1;
+    EXPECT_EQ(section(many, "Last 32 of ").size(), heading + 32) << many;
+}
+
+TEST_P(ReportTest, IsCompleteWithoutSymbols) {
+    const Ended ended = run(folder.write("kernel", elf_kernel(mov_eax(0x12345678) + ud2)));
+    EXPECT_EQ(ended.exit_code, 3) << ended;
+    expect_matches(ended,
+                   {R"(\n  rip    0000000000100005\n)", R"(\n  rax 0000000012345678 )",
+                    R"(\n  => 0000000000100005  0f0b +ud2\n)", R"(\nTranslation of 0x0000000000100005 )"});
+    EXPECT_EQ(ended.err.find('<'), std::string::npos) << ended;
+}
+
+TEST_P(ReportTest, InstructionThatUmbraDoesNotDoStopsTheRun) {
+    if (!shadow())
+        GTEST_SKIP() << "the native engine emulates nothing";
+    const Code input_string{0xbf, 0, 0, 0x20, 0, 0x66, 0xba, 0x40, 0, 0x6c}; // mov edi; mov dx, 0x40; insb
+    const Ended ended = run(folder.write("kernel", elf_kernel(input_string + exit(0))));
+    EXPECT_EQ(ended.exit_code, 3) << ended;
+    EXPECT_TRUE(ended.err.starts_with("umbra: stopped: umbra does not emulate this instruction: ")) << ended;
+    expect_matches(ended, {R"(\nGuest report: stopped: )", R"(\n  => 0000000000100009  6c +insb)"});
+}
+
+TEST_P(ReportTest, FitsATerminal) {
+    for (const char* const guest : {"triple", "cr3"})
+        for (const std::string& line : lines_of(run(guest_file(guest)).err))
+            EXPECT_LE(line.size(), 130U) << line;
+}
+
+TEST_P(ReportTest, NoOtherVerdictHasOne) {
+    for (const char* const guest : {"hello", "fail"})
+        EXPECT_EQ(lines_of(run(guest_file(guest)).err).size(), 1U) << guest;
+}
+
+INSTANTIATE_TEST_SUITE_P(Engines, ReportTest, testing::Values("shadow", "native"),
+                         testing::PrintToStringParamName());
+
+} // namespace
+} // namespace umbra

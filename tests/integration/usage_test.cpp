@@ -1,0 +1,148 @@
+// What umbra says to its user before any guest runs: help, bad options, memory sizes, hosts without KVM.
+#include "tests/integration/child.hpp"
+#include "tests/integration/files.hpp"
+#include "tests/integration/host.hpp"
+
+#include <grp.h>
+#include <sched.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+namespace umbra {
+namespace {
+
+using Arguments = std::vector<std::string>;
+
+/// One line on standard error, nothing on standard output.
+void expect_one_line(const Ended& ended, int exit_code) {
+    EXPECT_EQ(ended.exit_code, exit_code) << ended;
+    EXPECT_EQ(ended.out, "") << ended;
+    EXPECT_EQ(lines_of(ended.err).size(), 1U) << ended;
+    EXPECT_TRUE(ended.err.starts_with("umbra: ")) << ended;
+}
+
+TEST(UsageTest, HelpGoesToStandardOutput) {
+    for (const Arguments& arguments :
+         {Arguments{"--help"}, Arguments{"-h"}, Arguments{"run", "--help"}, Arguments{"probe", "--help"}}) {
+        const Ended ended = run_umbra(arguments);
+        EXPECT_EQ(ended.exit_code, 0) << ended;
+        EXPECT_NE(ended.out.find("Usage: umbra"), std::string::npos) << ended;
+        EXPECT_EQ(ended.err, "");
+    }
+}
+
+TEST(UsageTest, HelpNamesEveryOptionAndExitCode) {
+    const std::string help = run_umbra({"run", "--help"}).out;
+    for (const char* const word :
+         {"-m,--memory", "--append", "--initrd", "--serial", "--timeout", "--expect",    "--engine",
+          "shadow",      "native",   "--stats",  "json",     "--trace",   "--qemu-exit", "\n  0 ",
+          "\n  1 ",      "\n  2 ",   "\n  3 ",   "\n  4 ",   "\n  124 ",  "\n  130 "})
+        EXPECT_NE(help.find(word), std::string::npos) << word << " is not in\n" << help;
+}
+
+TEST(UsageTest, VersionIsOneLine) {
+    const Ended ended = run_umbra({"--version"});
+    EXPECT_EQ(ended.exit_code, 0) << ended;
+    EXPECT_TRUE(ended.out.starts_with("umbra ")) << ended;
+    EXPECT_EQ(lines_of(ended.out).size(), 1U) << ended;
+}
+
+TEST(UsageTest, BadOptionsAreNamed) {
+    const std::string hello = guest_file("hello");
+    struct Bad {
+        Arguments arguments;
+        std::string named; ///< in the first line of what is said
+    };
+    const std::vector<Bad> all{
+        {{}, "subcommand"},
+        {{"frobnicate"}, "frobnicate"},
+        {{"run"}, "kernel"},
+        {{"run", "--frobnicate", hello}, "--frobnicate"},
+        {{"run", "--engine", "turbo", hello}, "--engine"},
+        {{"run", "--engine", "1", hello}, "--engine"},
+        {{"run", "--engine"}, "--engine"},
+        {{"run", "--timeout", "soon", hello}, "--timeout"},
+        {{"run", "--timeout", "0", hello}, "--timeout"},
+        {{"run", "--timeout", "-1", hello}, "--timeout"},
+        {{"run", "--timeout", "nan", hello}, "--timeout"},
+        {{"run", "--stats=xml", hello}, "--stats"},
+        {{"run", "--stats=2", hello}, "--stats"},
+        {{"run", "--log-level", "loud", hello}, "--log-level"},
+        {{"probe", "--xml"}, "--xml"},
+        {{"probe", "surplus"}, "surplus"},
+    };
+    for (const Bad& bad : all) {
+        const Ended ended = run_umbra(bad.arguments);
+        const std::string line = testing::PrintToString(bad.arguments);
+        EXPECT_EQ(ended.exit_code, 2) << line << ": " << ended;
+        EXPECT_EQ(ended.out, "") << line;
+        ASSERT_FALSE(ended.err.empty()) << line;
+        const std::string first = lines_of(ended.err).front();
+        EXPECT_NE(first.find(bad.named), std::string::npos) << line << ": " << first;
+        EXPECT_LT(first.size(), 200U) << first;
+    }
+}
+
+TEST(UsageTest, BadMemorySizesAreOneLine) {
+    for (const char* const size : {"", "0", "1", "1M", "2047K", "2049K", "-64M", "64 M", "64MB", "6.4G", "M",
+                                   "0x40M", "65G", "1T", "99999999999999999999", "18446744073709551615K"}) {
+        const Ended ended = run_umbra({"run", "--memory=" + std::string(size), guest_file("hello")});
+        SCOPED_TRACE(size);
+        expect_one_line(ended, 2);
+    }
+}
+
+TEST(UsageTest, BadTraceFileIsOneLine) {
+    const TemporaryFolder folder;
+    for (const std::string& file : {folder.file("missing/trace"), folder.file("")})
+        expect_one_line(run_umbra({"run", "--trace", file, guest_file("hello")}), 2);
+}
+
+/// In the child: a file system of its own, in which /dev is empty. Needs rights, or a user namespace.
+bool without_devices() {
+    if (::unshare(CLONE_NEWNS) != 0 && ::unshare(CLONE_NEWNS | CLONE_NEWUSER) != 0)
+        return false;
+    return ::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0 &&
+           ::mount("none", "/dev", "tmpfs", 0, nullptr) == 0;
+}
+
+TEST(UsageTest, HostWithoutKvmCannotRunGuests) {
+    for (const Arguments& arguments :
+         {Arguments{"run", guest_file("hello")}, Arguments{"run", "--engine", "native", guest_file("hello")},
+          Arguments{"probe"}, Arguments{"probe", "--json"}}) {
+        const Ended ended = Child(umbra_command(arguments), {.prepare = without_devices}).end();
+        if (ended.exit_code == Child::not_prepared)
+            GTEST_SKIP() << "this user can make no file system without /dev/kvm";
+        expect_one_line(ended, 4);
+        EXPECT_NE(ended.err.find("/dev/kvm does not exist"), std::string::npos) << ended;
+    }
+}
+
+/// In the child: becomes a user without any rights.
+bool as_nobody() {
+    constexpr id_t nobody = 65534;
+    return ::setgroups(0, nullptr) == 0 && ::setgid(nobody) == 0 && ::setuid(nobody) == 0;
+}
+
+TEST(UsageTest, UserWithoutPermissionCannotRunGuests) {
+    struct stat kvm {};
+    if (::stat("/dev/kvm", &kvm) != 0)
+        UMBRA_MISSING("there is no /dev/kvm");
+    if ((kvm.st_mode & S_IROTH) != 0)
+        GTEST_SKIP() << "here every user may open /dev/kvm";
+    const Ended ended = Child(umbra_command({"run", guest_file("hello")}), {.prepare = as_nobody}).end();
+    if (ended.exit_code == Child::not_prepared)
+        GTEST_SKIP() << "only root can become another user";
+    if (ended.exit_code == Child::not_started || ended.err.find("cannot read kernel") != std::string::npos)
+        GTEST_SKIP() << "other users cannot reach this build folder";
+    expect_one_line(ended, 4);
+    EXPECT_NE(ended.err.find("/dev/kvm: permission denied"), std::string::npos) << ended;
+}
+
+} // namespace
+} // namespace umbra

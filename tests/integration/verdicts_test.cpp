@@ -1,0 +1,167 @@
+// How runs end: exit codes and verdicts, of guests that end themselves and of guests that are ended.
+#include "tests/integration/child.hpp"
+#include "tests/integration/files.hpp"
+#include "tests/integration/host.hpp"
+#include "tests/integration/machine_code.hpp"
+
+#include <chrono>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+namespace umbra {
+namespace {
+
+using namespace std::chrono_literals;
+using namespace machine_code;
+
+class VerdictTest : public EngineTest {
+  protected:
+    Ended run(const Code& code, std::vector<std::string> options = {}) const {
+        options.insert(options.begin(), {"run", "--engine", GetParam()});
+        options.push_back(folder.write("kernel", elf_kernel(code)));
+        return run_umbra(options);
+    }
+
+    TemporaryFolder folder;
+};
+
+TEST_P(VerdictTest, ExitPortPassesWithZero) {
+    const Ended ended = run(exit(0));
+    EXPECT_EQ(ended.exit_code, 0) << ended;
+    EXPECT_EQ(ended.err, "umbra: passed\n");
+    EXPECT_EQ(ended.out, "");
+}
+
+TEST_P(VerdictTest, ExitPortFailsWithAnythingElse) {
+    for (const auto& [value, verdict] :
+         {std::pair{1U, "failed with code 1 (0x1)"}, std::pair{0x80U, "failed with code 128 (0x80)"},
+          std::pair{0xffffffffU, "failed with code 4294967295 (0xffffffff)"}}) {
+        const Ended ended = run(exit(value));
+        EXPECT_EQ(ended.exit_code, 1) << ended;
+        EXPECT_EQ(ended.verdict(), verdict);
+    }
+}
+
+TEST_P(VerdictTest, QemuExitCodesAreQemus) {
+    for (const auto& [value, exit_code] : {std::pair{0U, 1}, std::pair{1U, 3}, std::pair{0x10U, 0x21},
+                                           std::pair{0x7fU, 0xff}, std::pair{0x80U, 1}}) {
+        const Ended ended = run(exit(value), {"--qemu-exit"});
+        EXPECT_EQ(ended.exit_code, exit_code) << "for " << value << ": " << ended;
+    }
+}
+
+TEST_P(VerdictTest, QemuExitCodesAreForTheExitPortOnly) {
+    const Ended off = run(mov_dx(0x604) + mov_eax(0x2000) + out_dx_ax + spin, {"--qemu-exit"});
+    EXPECT_EQ(off.exit_code, 0) << off;
+    const Ended panic = run(ud2, {"--qemu-exit"});
+    EXPECT_EQ(panic.exit_code, 3) << panic;
+    const Ended late = run(spin, {"--qemu-exit", "--timeout", "0.3"});
+    EXPECT_EQ(late.exit_code, 124) << late;
+}
+
+TEST_P(VerdictTest, PowerOffPasses) {
+    for (const std::uint16_t port : {0x604, 0xb004}) {
+        const Ended ended = run(mov_dx(port) + mov_eax(0x2000) + out_dx_ax + spin);
+        EXPECT_EQ(ended.exit_code, 0) << ended;
+        EXPECT_EQ(ended.verdict(), "passed: the guest powered off");
+    }
+}
+
+TEST_P(VerdictTest, ResetIsAPanic) {
+    for (const Code& reset : {write_port(0x64, 0xfe), write_port(0x92, 0x01), write_port(0xcf9, 0x06)}) {
+        const Ended ended = run(reset + spin);
+        EXPECT_EQ(ended.exit_code, 3) << ended;
+        EXPECT_TRUE(ended.verdict().starts_with("the guest reset the machine")) << ended;
+    }
+}
+
+TEST_P(VerdictTest, TripleFaultIsAPanic) {
+    const Ended ended = run(ud2);
+    EXPECT_EQ(ended.exit_code, 3) << ended;
+    EXPECT_TRUE(ended.err.starts_with("umbra: triple fault")) << ended;
+}
+
+TEST_P(VerdictTest, TimeoutEndsWhateverTheGuestDoes) {
+    for (const Code& code : {spin, halt, halt_for_ever, for_ever(write_port(0x80, 0))}) {
+        const auto start = std::chrono::steady_clock::now();
+        const Ended ended = run(code, {"--timeout", "0.4"});
+        EXPECT_GE(std::chrono::steady_clock::now() - start, 400ms);
+        EXPECT_EQ(ended.exit_code, 124) << ended;
+        EXPECT_EQ(ended.err, "umbra: timed out\n");
+    }
+}
+
+TEST_P(VerdictTest, TimeoutDoesNotTouchAFasterGuest) {
+    const Ended ended = run(exit(0), {"--timeout", "100000"});
+    EXPECT_EQ(ended.exit_code, 0) << ended;
+}
+
+TEST_P(VerdictTest, SignalsInterruptWhateverTheGuestDoes) {
+    for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
+        for (const Code& code : {spin, halt, halt_for_ever}) {
+            Child child(umbra_command({"run", "--engine", GetParam(),
+                                       folder.write("kernel", elf_kernel(print('!') + print('\n') + code))}));
+            ASSERT_TRUE(child.wait_for("!")) << child.end(0s);
+            child.run_for(20ms);
+            child.send_signal(signal);
+            const Ended& ended = child.end();
+            EXPECT_EQ(ended.exit_code, 130) << ended;
+            EXPECT_EQ(ended.err, "umbra: interrupted\n");
+        }
+    }
+}
+
+TEST_P(VerdictTest, SignalBeforeTheGuestRunsEndsAsCleanly) {
+    const std::string kernel = folder.write("kernel", elf_kernel(spin));
+    for (const auto delay : {1ms, 3ms, 6ms, 10ms, 15ms, 25ms, 40ms}) {
+        Child child(umbra_command({"run", "--engine", GetParam(), kernel}));
+        child.run_for(delay);
+        child.send_signal(SIGINT);
+        const Ended& ended = child.end();
+        EXPECT_FALSE(ended.overran) << "after " << delay.count() << " ms: " << ended;
+        EXPECT_TRUE(ended.signal == SIGINT || ended.exit_code == 130)
+            << "after " << delay.count() << " ms: " << ended;
+    }
+}
+
+TEST_P(VerdictTest, ExpectedTextPasses) {
+    const Ended ended = run_umbra(
+        {"run", "--engine", GetParam(), "--expect", "going ro", "--timeout", "100", guest_file("spin")});
+    EXPECT_EQ(ended.exit_code, 0) << ended;
+    EXPECT_EQ(ended.verdict(), "passed: the console printed what was expected");
+    EXPECT_EQ(ended.out, "spin: going round\n");
+}
+
+TEST_P(VerdictTest, ExpectedTextIsFoundWithoutTheEndOfItsLine) {
+    Code prompt;
+    for (const char c : {'l', 'o', 'g', 'i', 'n', ':', ' '})
+        prompt = prompt + print(c);
+    for (const Code& wait : {halt, spin}) {
+        const Ended ended = run(prompt + wait, {"--expect", "login: ", "--timeout", "30"});
+        EXPECT_EQ(ended.exit_code, 0) << ended;
+        EXPECT_EQ(ended.out, "login: ");
+    }
+}
+
+TEST_P(VerdictTest, ExpectedTextThatDoesNotComeIsNoPass) {
+    const Ended ended = run_umbra(
+        {"run", "--engine", GetParam(), "--expect", "going  round", "--timeout", "0.5", guest_file("spin")});
+    EXPECT_EQ(ended.exit_code, 124) << ended;
+}
+
+TEST_P(VerdictTest, LogLevelSaysHowMuchIsTold) {
+    EXPECT_EQ(run(exit(0), {"--log-level", "warning"}).err, "");
+    EXPECT_EQ(run(exit(5), {"--log-level", "error"}).err, "umbra: failed with code 5 (0x5)\n");
+    const Ended silent = run(exit(5), {"--log-level", "off"});
+    EXPECT_EQ(silent.err, "");
+    EXPECT_EQ(silent.exit_code, 1);
+    EXPECT_NE(run(exit(0), {"--log-level", "debug"}).err.find("umbra: passed\n"), std::string::npos);
+}
+
+INSTANTIATE_TEST_SUITE_P(Engines, VerdictTest, testing::Values("shadow", "native"),
+                         testing::PrintToStringParamName());
+
+} // namespace
+} // namespace umbra
