@@ -28,7 +28,7 @@ File checked(int fd, const char* what) {
 sigset_t attended_signals() {
     sigset_t set;
     sigemptyset(&set);
-    for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGTSTP, SIGTTIN, SIGTTOU, SIGPIPE})
+    for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGTSTP, SIGTTIN, SIGTTOU})
         sigaddset(&set, signal);
     return set;
 }
@@ -129,7 +129,12 @@ void Attendant::attend() {
             {timer_.get(), POLLIN, 0}, // -1 where there is no timeout: poll ignores it
             {input_ ? STDIN_FILENO : -1, POLLIN, 0},
         }};
-        if (::poll(events.data(), events.size(), -1) < 0)
+        // A guest that waits without an exit leaves what it has just printed unseen.
+        constexpr int flush_interval_ms = 50;
+        const int ready = ::poll(events.data(), events.size(), flush_interval_ms);
+        if (ready == 0)
+            control_.flush_output();
+        if (ready <= 0)
             continue;
         if (events[0].revents != 0)
             return;
@@ -157,10 +162,10 @@ void Attendant::handle_signal() {
         break;
     case SIGTSTP:
         terminal_.restore();
-        (void)::kill(::getpid(), SIGSTOP);
-        terminal_.take(); // continued, in the foreground or not
+        (void)::raise(SIGSTOP); // by this thread: it would run on until another one had taken the signal
+        terminal_.take();       // continued, in the foreground or not
         break;
-    default: // SIGTTIN, SIGTTOU, SIGPIPE: the read or write that raised it has failed, which is enough
+    default: // SIGTTIN, SIGTTOU: the read or write that raised it has failed, which is enough
         break;
     }
 }

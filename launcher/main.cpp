@@ -8,6 +8,7 @@
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 
+#include <csignal>
 #include <cstdio>
 #include <exception>
 #include <string>
@@ -28,6 +29,14 @@ constexpr const char* exit_codes = R"(Exit codes:
   124  timed out
   130  interrupted (Ctrl-C))";
 
+/// What is wrong with a time limit; nothing if nothing is. CLI::Range would take "nan".
+std::string seconds(const std::string& text) {
+    double value = 0;
+    if (CLI::detail::lexical_cast(text, value) && value >= 0.001 && value <= 1e9)
+        return {};
+    return fmt::format("'{}' is not a number of seconds from 0.001 to 1000000000", text);
+}
+
 CLI::App* add_run(CLI::App& app, RunOptions& options) {
     CLI::App* run = app.add_subcommand("run", "Run a guest kernel");
     run->footer(exit_codes);
@@ -44,7 +53,7 @@ CLI::App* add_run(CLI::App& app, RunOptions& options) {
         ->capture_default_str()
         ->type_name("WHERE");
     run->add_option("--timeout", options.timeout, "End the run after so many seconds")
-        ->check(CLI::Range(0.001, 1e9).description(""))
+        ->check(seconds)
         ->type_name("SECONDS");
     run->add_option("--expect", options.expect, "End the run as passed when the console prints this")
         ->type_name("TEXT");
@@ -111,6 +120,7 @@ int launch(int argc, char** argv) {
 } // namespace
 
 int main(int argc, char** argv) {
+    (void)std::signal(SIGPIPE, SIG_IGN); // a write that nobody reads fails, which is enough
     try {
         return launch(argc, argv);
     } catch (const umbra::StartupError& error) {

@@ -144,9 +144,8 @@ int run_command(const RunOptions& options) {
     if (options.stats != StatsFormat::none) {
         const Stats stats = gather_stats(engine->log(), engine->mmu(), machine.platform().unclaimed(),
                                          seconds.count(), ticks_per_microsecond());
-        std::fputs(
-            (options.stats == StatsFormat::json ? stats_json(stats) + "\n" : stats_text(stats)).c_str(),
-            stderr);
+        std::fputs((options.stats == StatsFormat::json ? stats_json(stats) : stats_text(stats)).c_str(),
+                   stderr);
     }
     if (!engine->log().finish_trace())
         spdlog::warn("the trace '{}' is incomplete: it could not be written", options.trace);

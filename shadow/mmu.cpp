@@ -110,7 +110,7 @@ std::optional<TableIndex> Mmu::obtain(const TableKey& key) {
 }
 
 /// The table for `key` that entry `slot` of table `parent` refers to, or is to refer to.
-std::optional<TableIndex> Mmu::child(TableIndex parent, unsigned slot, const TableKey& key) {
+std::optional<TableIndex> Mmu::child_table(TableIndex parent, unsigned slot, const TableKey& key) {
     const ShadowEntry entry = pool_.entries(parent)[slot];
     if (entry.present() && !is_leaf(table(parent), entry)) {
         if (const auto linked = pool_.page_of(entry.table()); linked && table(*linked).key == key)
@@ -354,7 +354,7 @@ bool Mmu::install(const GuestWalk& walk, GuestVirt at, bool user) {
         }
         TableKey key{step.entry.table(), step.level->number - 1, role};
         key.role.user_path = role.user_path && step.entry.user();
-        const auto next = child(index, slot, key);
+        const auto next = child_table(index, slot, key);
         if (!next)
             return false;
         set_entry(index, slot, ShadowEntry(pool_.frame(*next), rights));
@@ -377,7 +377,7 @@ bool Mmu::install_leaf(TableIndex index, const GuestWalk::Step& leaf, GuestVirt 
             set_entry(index, slot, ShadowEntry(MachineFrame(frame.number()), rights | entry_bit::page_size));
             return true;
         }
-        const auto next = child(index, slot, {frame, number - 1, Role{.direct = true}});
+        const auto next = child_table(index, slot, {frame, number - 1, Role{.direct = true}});
         if (!next)
             return false;
         set_entry(index, slot, ShadowEntry(pool_.frame(*next), rights));

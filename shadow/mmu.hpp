@@ -182,7 +182,8 @@ class Mmu {
 
     [[nodiscard]] TableIndex root_table(bool user);
     [[nodiscard]] std::optional<TableIndex> obtain(const TableKey& key);
-    [[nodiscard]] std::optional<TableIndex> child(TableIndex parent, unsigned slot, const TableKey& key);
+    [[nodiscard]] std::optional<TableIndex> child_table(TableIndex parent, unsigned slot,
+                                                        const TableKey& key);
     [[nodiscard]] std::optional<TableIndex> allocate();
     void destroy(TableIndex index);
     void set_entry(TableIndex index, unsigned slot, ShadowEntry value);

@@ -89,13 +89,15 @@ class Executor {
     Executor(VirtualCpu& cpu, const GuestSpace& space, CpuEnvironment& environment)
         : cpu_(&cpu), space_(&space), environment_(&environment) {}
 
-    Emulation run();
+    /// `mnemonic`: as for emulate().
+    Emulation run(const char** mnemonic);
 
   private:
     // Fetching and decoding
     [[nodiscard]] Fault fetch(std::size_t size);
     [[nodiscard]] ZyanStatus decode();
     void decode_operands();
+    [[nodiscard]] const char* name() const;
 
     // How an instruction ends
     [[nodiscard]] static Emulation raise(const Exception& exception) { return Raised{exception}; }
@@ -224,7 +226,7 @@ void Executor::decode_operands() {
                                      static_cast<ZyanU8>(count));
 }
 
-Emulation Executor::run() {
+Emulation Executor::run(const char** mnemonic) {
     // What follows the instruction in the next page may be unmapped, and is fetched only if needed.
     const std::uint64_t start = cpu_->rip + (cpu_->cs.long_mode ? 0 : cpu_->cs.base);
     const std::size_t first =
@@ -243,7 +245,18 @@ Emulation Executor::run() {
         return invalid_opcode();
     if (!ZYAN_SUCCESS(status))
         return NotSensitive{};
+    if (mnemonic != nullptr)
+        *mnemonic = name();
     return execute();
+}
+
+/// The mnemonic, with the three kinds of MOV that trap told apart.
+const char* Executor::name() const {
+    if (instruction_.mnemonic != ZYDIS_MNEMONIC_MOV)
+        return ZydisMnemonicGetString(instruction_.mnemonic);
+    if (instruction_.opcode_map != ZYDIS_OPCODE_MAP_0F)
+        return "mov-segment";
+    return (instruction_.opcode & 1) != 0 ? "mov-dr" : "mov-cr"; // 0F 20 to 0F 23
 }
 
 // --- How an instruction ends
@@ -1296,10 +1309,11 @@ Emulation Executor::access_flag() {
 
 } // namespace
 
-Emulation emulate(VirtualCpu& cpu, const GuestSpace& space, CpuEnvironment& environment) {
+Emulation emulate(VirtualCpu& cpu, const GuestSpace& space, CpuEnvironment& environment,
+                  const char** mnemonic) {
     if ((cpu.efer & efer::lma) == 0)
         return Unsupported{"a CPU that is not in long mode"};
-    return Executor(cpu, space, environment).run();
+    return Executor(cpu, space, environment).run(mnemonic);
 }
 
 /// Intel SDM vol. 2B, SYSCALL. From compatibility mode it goes to CSTAR, as AMD's CPUs do; Intel's raise #UD

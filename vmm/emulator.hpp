@@ -110,7 +110,10 @@ using Emulation = std::variant<emulated::Done, emulated::Raised, emulated::Softw
 
 /// Emulates the instruction at RIP. `space` must be of the CPU's current paging state; it is stale after a
 /// paging_changed(). Of a repeated string instruction, a bounded number of elements is done in one call.
-[[nodiscard]] Emulation emulate(VirtualCpu& cpu, const GuestSpace& space, CpuEnvironment& environment);
+/// `mnemonic`, if given, is set to the instruction's name (static text, one word), or left alone if it cannot
+/// be fetched or decoded.
+[[nodiscard]] Emulation emulate(VirtualCpu& cpu, const GuestSpace& space, CpuEnvironment& environment,
+                                const char** mnemonic = nullptr);
 
 /// SYSCALL, which may reach the monitor by other ways than a trap at the instruction. `return_rip` is the
 /// address after it. When #UD is returned (EFER.SCE is 0), RIP is at the two-byte instruction.

@@ -8,6 +8,8 @@
 #include "vmm/verdict.hpp"
 
 #include <optional>
+#include <string>
+#include <utility>
 
 namespace umbra {
 
@@ -36,18 +38,33 @@ class Engine {
     [[nodiscard]] TrapLog& log() { return log_; }
 
   protected:
-    /// Does what `control` asks; a verdict if that ends the run.
-    std::optional<Verdict> attend(RunControl& control);
-    /// Adds a record that began at `start` and ends now.
-    void record(std::uint64_t start, TrapReason reason, TrapAction action, std::uint32_t detail = 0,
-                std::uint8_t vector = 0, GuestVirt address = {});
+    /// After every exit that has not ended the run: does what `control` asks, if anything; a verdict if that
+    /// ends it.
+    std::optional<Verdict> finish_exit(ExitReason reason, RunControl& control);
+    /// Begins the record of an exit; its reason, action and details are filled in while it is handled.
+    void begin_trap() { trap_ = {.start = timestamp(), .cpl = cpu_.cpl, .rip = GuestVirt(cpu_.rip)}; }
+    /// Adds it to the log: the guest can go on now, or has ended.
+    void end_trap() {
+        trap_.end = timestamp();
+        log_.add(trap_);
+    }
+    /// Answers a port or MMIO exit of the vCPU.
+    std::optional<Verdict> handle_port_exit();
+    void handle_mmio_exit();
+    /// The verdict of a run that cannot go on.
+    Verdict stop(Verdict::Kind kind, std::string reason) {
+        trap_.action = TrapAction::stop;
+        return {kind, 0, std::move(reason)};
+    }
 
     Machine& machine_;
     VirtualCpu cpu_;
     CpuFeatures features_;
     TrapLog log_;
-    GuestVirt trap_rip_; ///< RIP and privilege when the exit came
-    std::uint8_t trap_cpl_ = 0;
+    TrapRecord trap_; ///< of the exit that is being handled
+
+  private:
+    std::optional<Verdict> attend(RunControl& control);
 };
 
 } // namespace umbra

@@ -101,55 +101,56 @@ void Monitor::enter() {
 
 Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     Vcpu& vcpu = machine_.vcpu();
-    start_ = timestamp();
-    detail_ = 0;
+    begin_trap();
+    // In ring 0 the machine is in the switcher: at the end of a trap, or on its way into the guest.
     const bool in_ring0 = (vcpu.selector(SegmentName::cs) & 3) == 0;
-    trap_cpl_ = cpu_.cpl;
+    const bool trapped = reason == ExitReason::port && in_ring0 && vcpu.port_exit().port == TRAP_PORT;
+    Trap trap;
+    if (trapped || !in_ring0) {
+        trap = switcher_.leave(cpu_);
+        trap_.rip = GuestVirt(cpu_.rip);
+    }
+    Step verdict;
+    bool entered = true; // the machine only needs to be run again
     switch (reason) {
-    case ExitReason::port: {
-        const PortExit exit = vcpu.port_exit();
-        if (exit.port == TRAP_PORT && in_ring0) {
-            if (Step verdict = handle_trap(switcher_.leave(cpu_)))
-                return verdict;
-            enter();
+    case ExitReason::port:
+        verdict = trapped ? handle_trap(trap) : handle_port_exit();
+        entered = !trapped;
+        break;
+    case ExitReason::mmio:
+        handle_mmio_exit();
+        break;
+    case ExitReason::interrupted:
+        trap_.reason = TrapReason::signal;
+        trap_.action = TrapAction::attend;
+        break;
+    case ExitReason::not_emulated:
+        if (!in_ring0) {
+            // An instruction that is not in RAM, or accesses what is not: raises #UD, as KVM by itself does
+            // at CPL 3 of hosts that run ring 0 natively.
+            verdict = deliver_event(Event::of(Exception::invalid_opcode()), TrapReason::exception);
+            entered = false;
             break;
         }
-        if (!in_ring0)
-            (void)switcher_.leave(cpu_);
-        trap_rip_ = GuestVirt(cpu_.rip);
-        machine_.complete_port_exit();
-        record(start_, exit.write ? TrapReason::port_write : TrapReason::port_read, TrapAction::device,
-               exit.port);
-        if (auto verdict = machine_.guest_verdict())
-            return verdict;
-        break;
-    }
-    case ExitReason::mmio: {
-        (void)switcher_.leave(cpu_);
-        trap_rip_ = GuestVirt(cpu_.rip);
-        const bool write = vcpu.mmio_exit().write;
-        machine_.complete_mmio_exit();
-        record(start_, write ? TrapReason::mmio_write : TrapReason::mmio_read, TrapAction::device);
-        break;
-    }
-    case ExitReason::interrupted:
-        if (!in_ring0)
-            (void)switcher_.leave(cpu_);
-        trap_rip_ = GuestVirt(cpu_.rip);
-        record(start_, TrapReason::signal, TrapAction::attend);
-        break;
-    case ExitReason::shutdown:
-        return Verdict{Verdict::Kind::host_failed, 0, "the machine shut down under the switcher"};
+        [[fallthrough]];
     case ExitReason::halt:
     case ExitReason::internal_error:
     case ExitReason::other:
-        return Verdict{Verdict::Kind::host_failed, 0, vcpu.describe_exit()};
+        trap_.reason = TrapReason::signal;
+        verdict = stop(Verdict::Kind::host_failed, vcpu.describe_exit());
+        break;
+    case ExitReason::shutdown:
+        trap_.reason = TrapReason::signal;
+        verdict = stop(Verdict::Kind::host_failed, "the machine shut down under the switcher");
+        break;
     }
-    return control.pending() || reason == ExitReason::interrupted ? attend(control) : std::nullopt;
+    if (!verdict && !entered)
+        enter();
+    end_trap();
+    return verdict ? verdict : finish_exit(reason, control);
 }
 
 Monitor::Step Monitor::handle_trap(const Trap& trap) {
-    trap_rip_ = GuestVirt(cpu_.rip);
     cpu_.halted = false;
     switch (trap.kind) {
     case Trap::Kind::syscall:
@@ -159,8 +160,8 @@ Monitor::Step Monitor::handle_trap(const Trap& trap) {
         break;
     case Trap::Kind::none:
     case Trap::Kind::broken:
-        return Verdict{Verdict::Kind::host_failed, 0,
-                       fmt::format("the switcher faulted: vector {}, address {}", trap.vector, trap.address)};
+        return stop(Verdict::Kind::host_failed,
+                    fmt::format("the switcher faulted: vector {}, address {}", trap.vector, trap.address));
     }
     if (trap.vector == static_cast<std::uint8_t>(Vector::page_fault) && trap.error_code)
         return handle_page_fault(trap);
@@ -178,18 +179,21 @@ Monitor::Step Monitor::handle_page_fault(const Trap& trap) {
     const Access access{.write = (*trap.error_code & PageFault::write) != 0,
                         .fetch = (*trap.error_code & PageFault::fetch) != 0,
                         .user = cpu_.cpl == 3};
-    detail_ = *trap.error_code;
+    trap_.reason = TrapReason::page_fault;
+    trap_.action = TrapAction::fill;
+    trap_.vector = trap.vector;
+    trap_.detail = *trap.error_code;
+    trap_.address = trap.address;
     const MissResult miss = mmu_.fault(trap.address, access);
     switch (miss.outcome) {
     case Miss::filled:
-        record(start_, TrapReason::page_fault, TrapAction::fill, detail_, trap.vector, trap.address);
         if (last_fill_.address != trap.address) {
             last_fill_ = {trap.address};
         } else if (++last_fill_.times == fill_patience) {
             mmu_.reset();
         } else if (last_fill_.times > 2 * fill_patience) {
-            return Verdict{Verdict::Kind::host_failed, 0,
-                           fmt::format("the machine does not see the translation of {}", trap.address)};
+            return stop(Verdict::Kind::host_failed,
+                        fmt::format("the machine does not see the translation of {}", trap.address));
         }
         return std::nullopt;
     case Miss::guest_fault:
@@ -198,9 +202,8 @@ Monitor::Step Monitor::handle_page_fault(const Trap& trap) {
             return finish_user_entry();
         return deliver_event(Event::of(Exception::page_fault(miss.fault)), TrapReason::page_fault);
     case Miss::no_slot:
-        return Verdict{
-            Verdict::Kind::stopped, 0,
-            "the guest uses all 512 entries of its top-level page table: no room for the switcher"};
+        return stop(Verdict::Kind::stopped,
+                    "the guest uses all 512 entries of its top-level page table: no room for the switcher");
     }
     __builtin_unreachable();
 }
@@ -221,7 +224,9 @@ Monitor::Step Monitor::finish_user_entry() {
     cpu_.ss = flat_stack_segment(Switcher::host_user_data, 3);
     cpu_.cpl = 3;
     cpu_.rflags |= rflags::interrupt; // the flags it loaded are lost; programs run with interrupts enabled
-    record(start_, TrapReason::instruction, TrapAction::emulate);
+    trap_.reason = TrapReason::instruction;
+    trap_.action = TrapAction::emulate;
+    trap_.instruction = "iretq";
     return std::nullopt;
 }
 
@@ -262,7 +267,9 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
     }
 
     const DescriptorTable gdtr = cpu_.gdtr;
-    const Emulation emulation = emulate(cpu_, space(), *this);
+    trap_.reason = TrapReason::instruction;
+    trap_.action = TrapAction::emulate;
+    const Emulation emulation = emulate(cpu_, space(), *this, &trap_.instruction);
     return std::visit(
         Overloaded{
             [&](const emulated::Done& done) -> Step {
@@ -271,7 +278,6 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
                 refresh_control();
                 if (cpu_.gdtr.base != gdtr.base || cpu_.gdtr.limit != gdtr.limit)
                     mmu_.set_trap_user_fetch(has_untrapped_user_code());
-                record(start_, TrapReason::instruction, TrapAction::emulate);
                 if (auto verdict = machine_.guest_verdict())
                     return verdict;
                 if (!stepping)
@@ -287,18 +293,19 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
             },
             [&](const emulated::Halted&) -> Step {
                 machine_.platform().flush();
-                record(start_, TrapReason::instruction, TrapAction::halt);
+                trap_.action = TrapAction::halt;
                 return std::nullopt;
             },
             [&](const emulated::PortAccess& access) -> Step {
                 native_access_ = NativePortAccess{access.port, access.size, access.write};
-                record(start_, access.write ? TrapReason::port_write : TrapReason::port_read,
-                       TrapAction::machine, access.port);
+                trap_.reason = access.write ? TrapReason::port_write : TrapReason::port_read;
+                trap_.action = TrapAction::machine;
+                trap_.detail = access.port;
                 return std::nullopt;
             },
             [&](const emulated::Unsupported& unsupported) -> Step {
-                return Verdict{Verdict::Kind::stopped, 0,
-                               fmt::format("umbra does not emulate this instruction: {}", unsupported.what)};
+                return stop(Verdict::Kind::stopped,
+                            fmt::format("umbra does not emulate this instruction: {}", unsupported.what));
             },
             [&](const emulated::NotSensitive&) -> Step {
                 return deliver_event(original, TrapReason::exception);
@@ -310,22 +317,29 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
 Monitor::Step Monitor::handle_syscall() {
     if (const auto exception = emulate_syscall(cpu_, GuestVirt(cpu_.rip)))
         return deliver_event(Event::of(*exception), TrapReason::syscall);
-    record(start_, TrapReason::syscall, TrapAction::enter);
+    trap_.reason = TrapReason::syscall;
+    trap_.action = TrapAction::enter;
     return std::nullopt;
 }
 
 Monitor::Step Monitor::deliver_event(const Event& event, TrapReason reason) {
+    trap_.reason = reason;
+    trap_.action = TrapAction::deliver;
+    trap_.vector = event.vector;
+    trap_.detail = event.error_code.value_or(0);
+    trap_.address = event.address;
     const Delivery delivery = deliver(cpu_, space(), event);
-    record(start_, reason, delivery.outcome == Delivery::delivered ? TrapAction::deliver : TrapAction::stop,
-           event.error_code.value_or(0), event.vector, event.address);
     switch (delivery.outcome) {
     case Delivery::delivered:
         return std::nullopt;
-    case Delivery::triple_fault:
-        return Verdict{Verdict::Kind::triple_fault, 0,
-                       fmt::format("while vector {} was delivered", event.vector)};
+    case Delivery::triple_fault: {
+        std::string how = fmt::format("while vector {} was delivered", event.vector);
+        for (const Exception& nested : delivery.nested())
+            how += fmt::format(", then {}", static_cast<unsigned>(nested.vector));
+        return stop(Verdict::Kind::triple_fault, std::move(how));
+    }
     case Delivery::unsupported:
-        return Verdict{Verdict::Kind::stopped, 0, "the guest left long mode, which umbra does not support"};
+        return stop(Verdict::Kind::stopped, "the guest left long mode, which umbra does not support");
     }
     __builtin_unreachable();
 }

@@ -67,8 +67,6 @@ class Monitor final : public Engine, private CpuEnvironment {
                   machine_tsc_aux_ = 0;             ///< the guest's, as last told to the machine
     std::optional<NativePortAccess> native_access_; ///< to be made at the next entry
 
-    std::uint64_t start_ = 0;  ///< of the current trap
-    std::uint32_t detail_ = 0; ///< for its record
     struct {
         GuestVirt address;
         unsigned times = 0; ///< in a row

@@ -16,36 +16,38 @@ Verdict NativeEngine::run(RunControl& control) {
 
 std::optional<Verdict> NativeEngine::handle(ExitReason reason, RunControl& control) {
     Vcpu& vcpu = machine_.vcpu();
-    const std::uint64_t start = timestamp();
-    trap_rip_ = GuestVirt(vcpu.rip());
-    trap_cpl_ = vcpu.selector(SegmentName::cs) & 3;
+    cpu_.rip = vcpu.rip();
+    cpu_.cpl = vcpu.selector(SegmentName::cs) & 3;
+    begin_trap();
+    std::optional<Verdict> verdict;
     switch (reason) {
-    case ExitReason::port: {
-        const PortExit exit = vcpu.port_exit();
-        machine_.complete_port_exit();
-        record(start, exit.write ? TrapReason::port_write : TrapReason::port_read, TrapAction::device,
-               exit.port);
-        if (auto verdict = machine_.guest_verdict())
-            return verdict;
+    case ExitReason::port:
+        verdict = handle_port_exit();
         break;
-    }
-    case ExitReason::mmio: {
-        const bool write = vcpu.mmio_exit().write;
-        machine_.complete_mmio_exit();
-        record(start, write ? TrapReason::mmio_write : TrapReason::mmio_read, TrapAction::device);
+    case ExitReason::mmio:
+        handle_mmio_exit();
         break;
-    }
     case ExitReason::interrupted:
-        record(start, TrapReason::signal, TrapAction::attend);
+        trap_.reason = TrapReason::signal;
+        trap_.action = TrapAction::attend;
         break;
     case ExitReason::shutdown:
-        return Verdict{Verdict::Kind::triple_fault, 0, {}};
+        trap_.reason = TrapReason::exception;
+        verdict = stop(Verdict::Kind::triple_fault, {});
+        break;
+    case ExitReason::not_emulated:
+        trap_.reason = TrapReason::instruction;
+        verdict = stop(Verdict::Kind::stopped, vcpu.describe_exit());
+        break;
     case ExitReason::halt:
     case ExitReason::internal_error:
     case ExitReason::other:
-        return Verdict{Verdict::Kind::host_failed, 0, vcpu.describe_exit()};
+        trap_.reason = TrapReason::signal;
+        verdict = stop(Verdict::Kind::host_failed, vcpu.describe_exit());
+        break;
     }
-    return control.pending() || reason == ExitReason::interrupted ? attend(control) : std::nullopt;
+    end_trap();
+    return verdict ? verdict : finish_exit(reason, control);
 }
 
 } // namespace umbra

@@ -465,7 +465,9 @@ std::string detail(const TrapRecord& record) {
                (record.detail != 0 ? fmt::format(" error {:#x}", record.detail) : "");
     if (record.reason == TrapReason::port_read || record.reason == TrapReason::port_write)
         return fmt::format("port {:#x}", record.detail);
-    return {};
+    if (record.reason == TrapReason::mmio_read || record.reason == TrapReason::mmio_write)
+        return fmt::format("{}", record.device);
+    return record.instruction != nullptr ? record.instruction : "";
 }
 
 void add_traps(Text& text, const ReportInput& input) {

@@ -48,6 +48,11 @@ void RunControl::input(std::string_view text) {
     kick();
 }
 
+void RunControl::flush_output() {
+    if (output_waits_.load(std::memory_order_relaxed))
+        kick();
+}
+
 void RunControl::kick() {
     pending_.store(true, std::memory_order_release);
     const std::lock_guard lock(mutex_);

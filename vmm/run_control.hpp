@@ -24,12 +24,16 @@ class RunControl {
     /// The console has printed what the user waits for.
     void expectation_met() { request(met_); }
     void input(std::string_view text);
+    /// Output that waits for the end of its line is to be passed on.
+    void flush_output();
     /// The run is to end: nobody should wait for anything else.
     [[nodiscard]] bool ending() const { return timed_out_ || interrupted_; }
 
     // The vCPU's thread, around its run.
     void attach(Vcpu& vcpu);
     void detach();
+    /// Says, after every exit, whether there is output that flush_output() would have to do with.
+    void output_waits(bool waits) { output_waits_.store(waits, std::memory_order_relaxed); }
 
     /// Whether take() has something to tell; also to be called after every interrupted run.
     [[nodiscard]] bool pending() const { return pending_.load(std::memory_order_acquire); }
@@ -46,7 +50,8 @@ class RunControl {
     void request(std::atomic<bool>& flag);
     void kick();
 
-    std::atomic<bool> pending_ = false, timed_out_ = false, interrupted_ = false, met_ = false;
+    std::atomic<bool> pending_ = false, timed_out_ = false, interrupted_ = false, met_ = false,
+                      output_waits_ = false;
     std::mutex mutex_; ///< guards what follows
     std::string input_;
     Vcpu* vcpu_ = nullptr;

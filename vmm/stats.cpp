@@ -75,6 +75,8 @@ Stats gather_stats(const TrapLog& log, const Mmu* mmu, const UnclaimedAccesses& 
         }
     }
     std::ranges::stable_sort(stats.traps, std::ranges::greater(), &Stats::Traps::microseconds);
+    stats.instructions.assign(log.instructions().begin(), log.instructions().end());
+    std::ranges::stable_sort(stats.instructions, std::ranges::greater(), &TrapLog::Instruction::count);
     if (mmu != nullptr)
         stats.shadow = {mmu->counters(), mmu->pool().in_use(), mmu->pool().high_water(),
                         mmu->pool().capacity()};
@@ -98,6 +100,10 @@ std::string stats_text(const Stats& stats) {
              traps.count, percent(static_cast<double>(traps.count), static_cast<double>(sum.count)),
              traps.microseconds / static_cast<double>(traps.count), traps.microseconds / 1e3,
              percent(traps.microseconds, sum.microseconds));
+    if (!stats.instructions.empty())
+        line("\n{:20}{:>12}", "instruction", "count");
+    for (const TrapLog::Instruction& instruction : stats.instructions)
+        line("{:20}{:12}", instruction.mnemonic, instruction.count);
     if (stats.shadow) {
         line("\n{:20}{:>12}", "shadow MMU", "count");
         for (const auto& counter : mmu_counters)
@@ -125,6 +131,9 @@ std::string stats_json(const Stats& stats) {
     Json json{
         {"wall_seconds", stats.wall_seconds},
         {"traps", {{"count", sum.count}, {"microseconds", sum.microseconds}, {"by_reason", by_reason}}}};
+    Json& instructions = json["instructions"] = Json::object();
+    for (const TrapLog::Instruction& instruction : stats.instructions)
+        instructions[instruction.mnemonic] = instruction.count;
     if (stats.shadow) {
         Json& shadow = json["shadow"];
         for (const auto& counter : mmu_counters)

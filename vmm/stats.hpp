@@ -26,9 +26,10 @@ struct Stats {
         std::size_t pages_capacity = 0;
     };
 
-    double wall_seconds = 0;      ///< of the guest's run
-    std::vector<Traps> traps;     ///< by time in umbra, most first
-    std::optional<Shadow> shadow; ///< only of an engine with shadow tables
+    double wall_seconds = 0;                        ///< of the guest's run
+    std::vector<Traps> traps;                       ///< by time in umbra, most first
+    std::vector<TrapLog::Instruction> instructions; ///< that trapped, most frequent first
+    std::optional<Shadow> shadow;                   ///< only of an engine with shadow tables
     UnclaimedAccesses unclaimed;
 };
 
@@ -43,6 +44,7 @@ struct Stats {
 /// may come:
 ///   wall_seconds
 ///   traps    count, microseconds, by_reason: [{reason, action, count, microseconds}]
+///   instructions  {mnemonic: count}, of those that trapped
 ///   shadow   one number for each of MmuCounters, and table_pages {in_use, high_water, capacity}; absent
 ///   without
 ///            shadow tables

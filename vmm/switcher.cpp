@@ -83,6 +83,13 @@ const std::byte* port_routine(const NativePortAccess& access) {
                               : umbra_switcher_in32;
 }
 
+/// `Cpu`: VirtualCpu, const or not.
+template<class Cpu>
+auto data_segments(Cpu& cpu) {
+    return std::array{std::pair{SegmentName::ds, &cpu.ds}, std::pair{SegmentName::es, &cpu.es},
+                      std::pair{SegmentName::fs, &cpu.fs}, std::pair{SegmentName::gs, &cpu.gs}};
+}
+
 } // namespace
 
 // --- SwitcherRegion
@@ -283,13 +290,6 @@ Trap Switcher::leave(VirtualCpu& cpu) {
     return finish(trap);
 }
 
-std::array<std::pair<SegmentName, Segment*>, 4> Switcher::data_segments(VirtualCpu& cpu) {
-    return {{{SegmentName::ds, &cpu.ds},
-             {SegmentName::es, &cpu.es},
-             {SegmentName::fs, &cpu.fs},
-             {SegmentName::gs, &cpu.gs}}};
-}
-
 /// Hidden parts are flat: in 64-bit mode only the bases of FS and GS count, and code at CPL 3 may use DPL 3
 /// only.
 void Switcher::sync_segments(const VirtualCpu& cpu) {
@@ -299,7 +299,7 @@ void Switcher::sync_segments(const VirtualCpu& cpu) {
         machine_.set_segment_base(SegmentName::gs, cpu.gs.base);
     if (!traits_.own_gdt)
         return;
-    for (const auto& [name, segment] : data_segments(const_cast<VirtualCpu&>(cpu))) {
+    for (const auto& [name, segment] : data_segments(cpu)) {
         if (machine_.selector(name) == segment->selector)
             continue;
         Segment loaded = flat(segment->selector, false, 3);
@@ -314,7 +314,7 @@ void Switcher::enter(const VirtualCpu& cpu, MachineFrame root, const Debt& debt,
     const std::uint16_t cs = traits_.own_gdt ? guest_cs : host_user_code;
     const std::uint16_t ss = traits_.own_gdt ? guest_ss : host_user_data;
     const bool in_ring0 = (machine_.selector(SegmentName::cs) & 3) == 0;
-    if (root_ == MachineFrame()) // the first time: ring-0 code needs tables under it, too
+    if (root_ == MachineFrame() || debt.root_gone) // ring-0 code needs tables from its first instruction on
         machine_.set_cr3(root);
     const bool switching = root != root_;
     sync_segments(cpu);
@@ -339,8 +339,6 @@ void Switcher::enter(const VirtualCpu& cpu, MachineFrame root, const Debt& debt,
         machine_.set_segment(SegmentName::cs, flat(ring0_cs, true, 0));
         machine_.set_segment(SegmentName::ss, flat(ring0_ss, false, 0));
     }
-    if (debt.root_gone) // ring-0 code needs a root from its first instruction on
-        machine_.set_cr3(root);
     machine_.set_rflags(rflags::fixed); // no interrupts before the last instruction
     const auto area = memory_.switcher();
     std::size_t stack = stack_top_;

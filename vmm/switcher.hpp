@@ -98,7 +98,6 @@ class Switcher {
     [[nodiscard]] std::uint64_t
     address(std::size_t offset) const; ///< of a byte of the area, in the reserved slot
     [[nodiscard]] std::uint64_t machine_flags(const VirtualCpu& cpu) const;
-    [[nodiscard]] static std::array<std::pair<SegmentName, Segment*>, 4> data_segments(VirtualCpu& cpu);
     void sync_segments(const VirtualCpu& cpu);
 
     MonitorMemory& memory_;

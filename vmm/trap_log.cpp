@@ -69,7 +69,8 @@ void TrapLog::trace_to(const std::string& path) {
                            fmt::format("cannot write trace '{}': {}", path, std::strerror(errno)));
     trace_rate_ = ticks_per_microsecond();
     trace_failed_ = false;
-    put("# umbra trace: us=since umbra started vcpu reason cpl rip [vector error] [cr2] [port] action "
+    put("# umbra trace: us=since umbra started vcpu reason cpl rip [vector error] [cr2] [port] [gpa] "
+        "[instruction] action "
         "took_us=in umbra\n");
 }
 
@@ -102,6 +103,10 @@ void TrapLog::write(const TrapRecord& record) {
         append(" cr2={:#x}", record.address.value());
     if (record.reason == TrapReason::port_read || record.reason == TrapReason::port_write)
         append(" port={:#x}", record.detail);
+    if (record.reason == TrapReason::mmio_read || record.reason == TrapReason::mmio_write)
+        append(" gpa={:#x}", record.device.value());
+    if (record.instruction != nullptr)
+        append(" instruction={}", record.instruction);
     append(" action={} took_us={:.3f}\n", name(record.action), microseconds(record.start, record.end));
     put({line.data(), line.size()});
 }

@@ -57,8 +57,10 @@ struct TrapRecord {
     std::uint8_t cpl = 0;     ///< virtual, when the trap came
     std::uint8_t vector = 0;  ///< of the exception or interrupt, met or delivered
     std::uint32_t detail = 0; ///< its error code, if it has one; number of ports
-    GuestVirt rip;
-    GuestVirt address; ///< CR2; page faults only
+    GuestVirt rip{};
+    GuestVirt address{};               ///< CR2; page faults only
+    GuestPhys device{};                ///< the address; MMIO only
+    const char* instruction = nullptr; ///< the mnemonic, if one was decoded; static text
 
     [[nodiscard]] bool has_vector() const { return reason == TrapReason::exception || vector != 0; }
     /// Whatever the reason: an emulated instruction may end in one too.
@@ -82,7 +84,8 @@ class TrapLog {
     /// A line is KEY=VALUE pairs, one space between. Always there, in this order: us (microseconds since
     /// umbra started, when the trap came), vcpu, reason, cpl, rip, action, took_us (until the guest could go
     /// on). Between rip and action, where it applies: vector and error (of an exception or interrupt, met or
-    /// delivered; error is its error code, 0 if it has none), cr2 (page faults), port. Addresses, error codes
+    /// delivered; error is its error code, 0 if it has none), cr2 (page faults), port, gpa (MMIO),
+    /// instruction (its mnemonic). Addresses, error codes
     /// and ports are hexadecimal.
     void trace_to(const std::string& path);
     /// Writes out what is left of the trace and ends it. False if some of it was lost, the disk being full
@@ -95,6 +98,8 @@ class TrapLog {
         ++total.count;
         total.cycles += record.end - record.start;
         last_[added_++ % remembered] = record;
+        if (record.instruction != nullptr)
+            count(record.instruction);
         if (trace_)
             write(record);
     }
@@ -102,6 +107,12 @@ class TrapLog {
     [[nodiscard]] const Total& total(TrapReason reason, TrapAction action) const {
         return totals_[static_cast<std::size_t>(reason)][static_cast<std::size_t>(action)];
     }
+    /// Instructions that trapped, with how often.
+    struct Instruction {
+        const char* mnemonic = nullptr;
+        std::uint64_t count = 0;
+    };
+    [[nodiscard]] std::span<const Instruction> instructions() const { return instructions_; }
     [[nodiscard]] std::uint64_t added() const { return added_; }
     /// The last records, oldest first; at most `remembered`.
     [[nodiscard]] std::vector<TrapRecord> last() const;
@@ -112,11 +123,22 @@ class TrapLog {
     };
     void write(const TrapRecord& record);
     void put(std::string_view text);
+    void count(const char* mnemonic) {
+        for (Instruction& known :
+             instructions_) { // some twenty at most; mnemonics are the same pointers each time
+            if (known.mnemonic == mnemonic) {
+                ++known.count;
+                return;
+            }
+        }
+        instructions_.push_back({mnemonic, 1});
+    }
 
     std::array<std::array<Total, static_cast<std::size_t>(TrapAction::count_)>,
                static_cast<std::size_t>(TrapReason::count_)>
         totals_{};
     std::array<TrapRecord, remembered> last_{};
+    std::vector<Instruction> instructions_;
     std::uint64_t added_ = 0;
     std::unique_ptr<std::FILE, Close> trace_;
     bool trace_failed_ = false;

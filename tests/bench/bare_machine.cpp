@@ -14,8 +14,9 @@ constexpr std::size_t gdt = 0x4000, idt = 0x5000, tss = 0x6000, stub = 0x7000;
 constexpr std::size_t stack_top = 0x9000, frame = stack_top - 5 * 8; // RIP, CS, RFLAGS, RSP, SS
 constexpr std::size_t code_begin = 0xa000;
 constexpr std::size_t pages_pdpt = 0xb000, pages_directory = 0xc000, pages_tables = 0xd000;
-constexpr std::size_t page_behind = 0x1f000; // all pages show this one
-static_assert(pages_tables + BareMachine::pages * sizeof(ShadowEntry) <= page_behind);
+constexpr std::size_t frames_behind = 0x100000; // what the pages show, in turn
+static_assert(pages_tables + BareMachine::pages * sizeof(ShadowEntry) <= frames_behind);
+static_assert(frames_behind + BareMachine::frames * page_size <= memory_bytes);
 
 constexpr std::uint8_t trap_port = 0xe0;
 // The user's are those of Linux, which some hosts have in force whatever the machine's GDT says.
@@ -118,7 +119,7 @@ void BareMachine::resume(unsigned length) {
 }
 
 void BareMachine::map(std::size_t number) {
-    at(pages_tables)[number] = page_behind | rights;
+    at(pages_tables)[number] = (frames_behind + number % frames * page_size) | rights;
 }
 
 } // namespace umbra::bench

@@ -19,6 +19,8 @@ class BareMachine {
     /// Where the pages lie that nothing maps at first.
     static constexpr GuestVirt pages_begin{std::uint64_t{1} << 39};
     static constexpr std::size_t pages = 16 * std::size_t{entries_per_table};
+    /// Many pages share a frame, but not too many: some hosts keep a list for each frame of who maps it.
+    static constexpr std::size_t frames = 256;
 
     /// `code` is what it can run, at most 4 KB.
     BareMachine(const Kvm& kvm, std::span<const std::byte> code, ResumeBy resume);

@@ -9,6 +9,10 @@ int main(int argc, char** argv) {
     benchmark::Initialize(&argc, argv);
     if (benchmark::ReportUnrecognizedArguments(argc, argv))
         return 2;
+    umbra::bench::register_startup_benchmarks();
+    umbra::bench::register_trap_benchmarks();
+    umbra::bench::register_shadow_benchmarks();
+    umbra::bench::register_cpu_benchmarks();
     umbra::bench::TableReporter table;
     benchmark::RunSpecifiedBenchmarks(&table);
     benchmark::Shutdown();

@@ -46,6 +46,13 @@ class TableReporter final : public benchmark::BenchmarkReporter {
     bool failed_ = false;
 };
 
+// The benchmarks, by file, in the order in which they are to be run: starting programs comes first, while
+// this process is small, because a child's resident memory begins with its parent's.
+void register_startup_benchmarks();
+void register_trap_benchmarks();
+void register_shadow_benchmarks();
+void register_cpu_benchmarks();
+
 /// Ticks of timestamp() as nanoseconds.
 [[nodiscard]] inline double nanoseconds(double ticks) {
     static const double per_microsecond = ticks_per_microsecond();

@@ -59,7 +59,6 @@ void guest_walk(benchmark::State& state) {
     constexpr Goal goal{.of = Goal::Of::measured, .bound = Goal::Bound::at_most, .value = 50};
     report(state, {Unit::nanoseconds, nanoseconds(median(times)), {}, 0, goal});
 }
-BENCHMARK(guest_walk)->Name("guest walk, 4 levels");
 
 void mmu_fault(benchmark::State& state) {
     const PagedGuest guest;
@@ -81,7 +80,12 @@ void mmu_fault(benchmark::State& state) {
     constexpr Goal goal{.of = Goal::Of::measured, .bound = Goal::Bound::at_most, .value = 1000};
     report(state, {Unit::nanoseconds, nanoseconds(median(times)), {}, 0, goal});
 }
-BENCHMARK(mmu_fault)->Name("hidden fault: Mmu::fault alone");
 
 } // namespace
+
+void register_shadow_benchmarks() {
+    benchmark::RegisterBenchmark("hidden fault: Mmu::fault alone", mmu_fault);
+    benchmark::RegisterBenchmark("guest walk, 4 levels", guest_walk);
+}
+
 } // namespace umbra::bench

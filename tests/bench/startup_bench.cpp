@@ -86,13 +86,17 @@ void time(benchmark::State& state) {
     constexpr double most = 15e6;
     compare(state, Unit::nanoseconds, &Startup::times, &Startup::bare_times, most);
 }
-BENCHMARK(time)->Name("umbra run hello: time")->Iterations(1);
 
 void resident(benchmark::State& state) {
     constexpr double most = 20e6;
     compare(state, Unit::bytes, &Startup::sizes, &Startup::bare_sizes, most);
 }
-BENCHMARK(resident)->Name("umbra run hello: resident")->Iterations(1);
 
 } // namespace
+
+void register_startup_benchmarks() {
+    benchmark::RegisterBenchmark("umbra run hello: time", time)->Iterations(1);
+    benchmark::RegisterBenchmark("umbra run hello: resident", resident)->Iterations(1);
+}
+
 } // namespace umbra::bench

@@ -94,9 +94,9 @@ void emulated_instruction(const Kvm& kvm, benchmark::State& state) {
     report_traps(state, times, bare);
 }
 
-/// Guest page tables for pages that nobody has touched: they lead to one page, which others do not matter to.
+/// Guest page tables for the pages that the guest is to touch, as a BareMachine maps its own.
 void map_guest_pages(const GuestMemory& memory) {
-    constexpr GuestPhys pdpt{0x400000}, directory{0x401000}, tables{0x402000}, page{0x500000};
+    constexpr GuestPhys pdpt{0x400000}, directory{0x401000}, tables{0x402000}, frames{0x500000};
     constexpr std::uint64_t rights = entry_bit::present | entry_bit::writable;
     const auto entry = [&](GuestPhys table, std::size_t slot, GuestPhys target) {
         (void)memory.write(table + slot * sizeof(GuestEntry), GuestEntry(target.frame(), rights));
@@ -106,7 +106,7 @@ void map_guest_pages(const GuestMemory& memory) {
     for (std::size_t i = 0; i < BareMachine::pages / entries_per_table; ++i)
         entry(directory, i, tables + i * page_size);
     for (std::size_t i = 0; i < BareMachine::pages; ++i)
-        entry(tables, i, page);
+        entry(tables, i, frames + i % BareMachine::frames * page_size);
 }
 
 struct FaultTimes {
@@ -177,9 +177,15 @@ void with_kvm(benchmark::State& state) {
     }
 }
 
-BENCHMARK(with_kvm<emulated_instruction>)->Name("trap: emulated instruction")->Iterations(1);
-BENCHMARK(with_kvm<hidden_fault>)->Name("trap: hidden fault")->Iterations(1);
-BENCHMARK(with_kvm<hidden_fault_in_umbra>)->Name("hidden fault: in umbra")->Iterations(1);
-
 } // namespace
+
+void register_trap_benchmarks() {
+    const auto add = [](const char* name, void (*function)(benchmark::State&)) {
+        benchmark::RegisterBenchmark(name, function)->Iterations(1);
+    };
+    add("trap: emulated instruction", with_kvm<emulated_instruction>);
+    add("trap: hidden fault", with_kvm<hidden_fault>);
+    add("hidden fault: in umbra", with_kvm<hidden_fault_in_umbra>);
+}
+
 } // namespace umbra::bench

@@ -99,8 +99,7 @@ TEST_P(BootTest, InitialRamDiskThatCannotBeHadIsOneLine) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(Engines, BootTest, testing::Values("shadow", "native"),
-                         testing::PrintToStringParamName());
+INSTANTIATE_TEST_SUITE_P(Engines, BootTest, engines(), engine_name);
 
 } // namespace
 } // namespace umbra

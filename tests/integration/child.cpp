@@ -4,9 +4,9 @@
 #include <poll.h>
 #include <pty.h>
 #include <sys/ioctl.h>
-#include <sys/pidfd.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 #include <algorithm>
@@ -46,6 +46,11 @@ Ends make_terminal() {
     ::fcntl(ours, F_SETFD, FD_CLOEXEC);
     ::fcntl(theirs, F_SETFD, FD_CLOEXEC);
     return {File(ours), File(theirs)};
+}
+
+/// By number: the C library's declaration (2.36) cannot be used from C++.
+File open_process(pid_t pid) {
+    return File(checked(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)), "pidfd_open"));
 }
 
 void set_nonblocking(const File& file) {
@@ -141,7 +146,7 @@ Child::Child(std::vector<std::string> arguments, Setup setup) : unread_(setup.un
         ::execv(pointers.front(), pointers.data());
         ::_exit(not_started);
     }
-    handle_ = File(checked(::pidfd_open(pid_, 0), "pidfd_open"));
+    handle_ = open_process(pid_);
 }
 
 Child::~Child() {

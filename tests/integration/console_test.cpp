@@ -286,10 +286,8 @@ TEST_P(TerminalTest, ThatNobodyReadsHoldsUpNoEnd) {
     expect_restored(child);
 }
 
-INSTANTIATE_TEST_SUITE_P(Engines, ConsoleTest, testing::Values("shadow", "native"),
-                         testing::PrintToStringParamName());
-INSTANTIATE_TEST_SUITE_P(Engines, TerminalTest, testing::Values("shadow", "native"),
-                         testing::PrintToStringParamName());
+INSTANTIATE_TEST_SUITE_P(Engines, ConsoleTest, engines(), engine_name);
+INSTANTIATE_TEST_SUITE_P(Engines, TerminalTest, engines(), engine_name);
 
 } // namespace
 } // namespace umbra

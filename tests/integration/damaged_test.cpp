@@ -8,9 +8,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -45,8 +46,7 @@ class DamagedTest : public KvmTest {
                     ended.exit_code == 3 || ended.exit_code == 124)
             << ended;
         EXPECT_FALSE(ended.err.empty());
-        if (ended.exit_code == 2)
-            EXPECT_EQ(lines_of(ended.err).size(), 1U) << ended;
+        EXPECT_TRUE(ended.exit_code != 2 || lines_of(ended.err).size() == 1) << ended;
     }
 
     TemporaryFolder folder;
@@ -54,7 +54,8 @@ class DamagedTest : public KvmTest {
 
 template<class Value>
 std::string with(std::string file, std::size_t offset, Value value) {
-    std::memcpy(file.data() + offset, &value, sizeof value);
+    const auto bytes = std::bit_cast<std::array<char, sizeof value>>(value);
+    std::ranges::copy(bytes, file.begin() + static_cast<std::ptrdiff_t>(offset));
     return file;
 }
 
@@ -123,16 +124,16 @@ TEST_F(DamagedTest, AbsurdElf) {
     expect_refused(with(kernel, EI_CLASS, std::uint8_t{77}));
     expect_refused(with(kernel, EI_DATA, std::uint8_t{ELFDATA2MSB}));
     expect_refused(with(kernel, offsetof(Elf64_Ehdr, e_machine), std::uint16_t{EM_AARCH64}));
-    for (const std::uint16_t type : {ET_NONE, ET_REL, ET_DYN, ET_CORE, 0xffff})
-        expect_refused(with(kernel, offsetof(Elf64_Ehdr, e_type), type));
+    for (const int type : {ET_NONE, ET_REL, ET_DYN, ET_CORE, 0xffff})
+        expect_refused(with(kernel, offsetof(Elf64_Ehdr, e_type), static_cast<Elf64_Half>(type)));
     for (const std::uint64_t entry : {std::uint64_t{0}, std::uint64_t{1} << 32, huge})
         expect_refused(with(kernel, offsetof(Elf64_Ehdr, e_entry), entry));
     for (const std::uint64_t offset : {std::uint64_t{kernel.size()}, huge, huge - 63})
         expect_refused(with(kernel, offsetof(Elf64_Ehdr, e_phoff), offset));
-    for (const std::uint16_t count : {0, 0xfffe, 0xffff})
-        expect_refused(with(kernel, offsetof(Elf64_Ehdr, e_phnum), count));
-    for (const std::uint16_t size : {0, 1, 55, 0xffff})
-        expect_refused(with(kernel, offsetof(Elf64_Ehdr, e_phentsize), size));
+    for (const int count : {0, 0xfffe, 0xffff})
+        expect_refused(with(kernel, offsetof(Elf64_Ehdr, e_phnum), static_cast<Elf64_Half>(count)));
+    for (const int size : {0, 1, 55, 0xffff})
+        expect_refused(with(kernel, offsetof(Elf64_Ehdr, e_phentsize), static_cast<Elf64_Half>(size)));
     for (const std::size_t field : {offsetof(Elf64_Phdr, p_filesz), offsetof(Elf64_Phdr, p_memsz)})
         for (const std::uint64_t value : {huge, huge / 2, std::uint64_t{1} << 40})
             expect_refused(with(kernel, first_segment + field, value));

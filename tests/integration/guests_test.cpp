@@ -115,8 +115,7 @@ TEST_P(ManyGuestsTest, EndTheSameWayEveryTime) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(Engines, ManyGuestsTest, testing::Values("shadow", "native"),
-                         testing::PrintToStringParamName());
+INSTANTIATE_TEST_SUITE_P(Engines, ManyGuestsTest, engines(), engine_name);
 
 using HelloTest = KvmTest;
 

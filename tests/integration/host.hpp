@@ -38,6 +38,13 @@ class EngineTest : public KvmTest, public testing::WithParamInterface<std::strin
   protected:
     void SetUp() override;
 };
+/// Its parameters, and how they appear in tests' names.
+[[nodiscard]] inline auto engines() {
+    return testing::Values("shadow", "native");
+}
+[[nodiscard]] inline std::string engine_name(const testing::TestParamInfo<std::string>& engine) {
+    return engine.param;
+}
 /// To be called by SetUp(): skips the test where this host cannot have the engine.
 void require_engine(const std::string& engine);
 

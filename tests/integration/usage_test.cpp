@@ -56,11 +56,11 @@ TEST(UsageTest, BadOptionsAreNamed) {
     const std::string hello = guest_file("hello");
     struct Bad {
         Arguments arguments;
-        std::string named; ///< in the first line of what is said
+        std::string named; ///< in what is said
     };
     const std::vector<Bad> all{
         {{}, "subcommand"},
-        {{"frobnicate"}, "frobnicate"},
+        {{"frobnicate"}, "subcommand"},
         {{"run"}, "kernel"},
         {{"run", "--frobnicate", hello}, "--frobnicate"},
         {{"run", "--engine", "turbo", hello}, "--engine"},
@@ -70,6 +70,7 @@ TEST(UsageTest, BadOptionsAreNamed) {
         {{"run", "--timeout", "0", hello}, "--timeout"},
         {{"run", "--timeout", "-1", hello}, "--timeout"},
         {{"run", "--timeout", "nan", hello}, "--timeout"},
+        {{"run", "--timeout", "1e300", hello}, "--timeout"},
         {{"run", "--stats=xml", hello}, "--stats"},
         {{"run", "--stats=2", hello}, "--stats"},
         {{"run", "--log-level", "loud", hello}, "--log-level"},
@@ -77,14 +78,11 @@ TEST(UsageTest, BadOptionsAreNamed) {
         {{"probe", "surplus"}, "surplus"},
     };
     for (const Bad& bad : all) {
+        SCOPED_TRACE(testing::PrintToString(bad.arguments));
         const Ended ended = run_umbra(bad.arguments);
-        const std::string line = testing::PrintToString(bad.arguments);
-        EXPECT_EQ(ended.exit_code, 2) << line << ": " << ended;
-        EXPECT_EQ(ended.out, "") << line;
-        ASSERT_FALSE(ended.err.empty()) << line;
-        const std::string first = lines_of(ended.err).front();
-        EXPECT_NE(first.find(bad.named), std::string::npos) << line << ": " << first;
-        EXPECT_LT(first.size(), 200U) << first;
+        expect_one_line(ended, 2);
+        EXPECT_NE(ended.err.find(bad.named), std::string::npos) << ended;
+        EXPECT_LT(ended.err.size(), 200U) << ended;
     }
 }
 

@@ -62,7 +62,7 @@ TEST_P(VerdictTest, QemuExitCodesAreForTheExitPortOnly) {
 }
 
 TEST_P(VerdictTest, PowerOffPasses) {
-    for (const std::uint16_t port : {0x604, 0xb004}) {
+    for (const std::uint16_t port : {std::uint16_t{0x604}, std::uint16_t{0xb004}}) {
         const Ended ended = run(mov_dx(port) + mov_eax(0x2000) + out_dx_ax + spin);
         EXPECT_EQ(ended.exit_code, 0) << ended;
         EXPECT_EQ(ended.verdict(), "passed: the guest powered off");
@@ -160,8 +160,7 @@ TEST_P(VerdictTest, LogLevelSaysHowMuchIsTold) {
     EXPECT_NE(run(exit(0), {"--log-level", "debug"}).err.find("umbra: passed\n"), std::string::npos);
 }
 
-INSTANTIATE_TEST_SUITE_P(Engines, VerdictTest, testing::Values("shadow", "native"),
-                         testing::PrintToStringParamName());
+INSTANTIATE_TEST_SUITE_P(Engines, VerdictTest, engines(), engine_name);
 
 } // namespace
 } // namespace umbra

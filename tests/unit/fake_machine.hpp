@@ -102,12 +102,16 @@ class FakeMachine {
     [[nodiscard]] GuestEntry get(GuestPhys slot) const {
         return GuestEntry(memory.read<std::uint64_t>(slot).value());
     }
+    /// Where entry `index` of a table lies.
+    static constexpr GuestPhys slot_of(GuestFrame table, std::uint64_t index) {
+        return table.base() + index * sizeof(GuestEntry);
+    }
     /// Where the entry that translates `at` at `level` lies; the tables above it must exist.
     [[nodiscard]] GuestPhys slot(GuestFrame root, GuestVirt at, unsigned level = 1) const {
         GuestFrame table = root;
         for (unsigned number = paging_4_level.root().number; number > level; --number)
-            table = get(table.base() + paging_4_level.level(number).index(at) * 8).table();
-        return table.base() + paging_4_level.level(level).index(at) * 8;
+            table = get(slot_of(table, paging_4_level.level(number).index(at))).table();
+        return slot_of(table, paging_4_level.level(level).index(at));
     }
     /// Maps by an entry of `level`. Tables that are missing are made, with all rights.
     void map(GuestFrame root, GuestVirt at, GuestFrame frame, std::uint64_t bits, unsigned level = 1) {
@@ -257,6 +261,8 @@ class FakeMachine {
             const ShadowEntry entry = read_entry(table, level, level.index(at), copies);
             if (!entry.present() || !entry.user())
                 return std::nullopt;
+            if (level.number == 3 && entry.leaf(level) && !options_.gigabyte_pages)
+                return std::nullopt; // PS is reserved
             result.writable &= entry.writable();
             result.no_execute |= entry.no_execute();
             if (entry.leaf(level)) {

@@ -72,7 +72,7 @@ class Machine : public FakeMachine {
     GuestFrame new_space() {
         const GuestFrame space = new_frame();
         for (unsigned i = entries_per_table / 2; i < entries_per_table; ++i)
-            put(space.base() + i * 8, get(root.base() + i * 8));
+            put(FakeMachine::slot_of(space, i), get(FakeMachine::slot_of(root, i)));
         return space;
     }
     /// The entry of the shadow tables at `level`; not present if the walk ends before.
@@ -282,7 +282,7 @@ TEST(MmuLarge, GivesWayToATableAndBack) {
     m.map(large, page, user_bits, 2);
     m.read(large + 0x5000);
     const GuestFrame table = m.new_frame(), small = m.new_frame();
-    m.put(table.base() + 5 * 8, GuestEntry(small, user_bits));
+    m.put(FakeMachine::slot_of(table, 5), GuestEntry(small, user_bits));
     m.set_entry(large, table.base().value() | user_bits, 2);
     m.invlpg(large + 0x5000);
     EXPECT_EQ(m.read(large + 0x5000), mapped(small));
@@ -437,11 +437,26 @@ TEST(MmuRole, WriteProtectOffLetsTheKernelWriteReadOnlyPages) {
         EXPECT_EQ(m.write(at), mapped(page));
         EXPECT_TRUE(m.entry(at).dirty());
         m.set_user(true);
-        EXPECT_EQ(m.write(at), fault(present | write | user));
+        EXPECT_EQ(m.read(at), mapped(page));
+        EXPECT_EQ(m.write(at), fault(present | write | user)) << "WP is nothing to programs";
         m.set_user(false);
         m.paging.write_protect = true;
         m.set_control();
         EXPECT_EQ(m.write(at), fault(present | write));
+    }
+}
+
+TEST(MmuRole, ReadOnlyHoldsAtAnyLevel) {
+    for (const unsigned level : {1U, 2U, 3U, 4U}) {
+        SCOPED_TRACE(level);
+        Machine m;
+        const GuestFrame page = m.map_new(at, user_bits | d);
+        m.change(at, rw, 0, level);
+        for (const bool as_user : {false, true}) {
+            m.set_user(as_user);
+            EXPECT_EQ(m.read(at), mapped(page));
+            EXPECT_EQ(m.write(at), fault(present | write | (as_user ? user : 0)));
+        }
     }
 }
 
@@ -698,6 +713,18 @@ TEST(MmuFlush, OtherTableAtAnyLevelIsSeenAfterwards) {
     }
 }
 
+TEST(MmuFlush, MissUsesWhatTheTablesSayNow) {
+    for (unsigned level = 2; level <= 4; ++level) {
+        SCOPED_TRACE(level);
+        Machine m;
+        m.map_new(at);
+        m.read(at);
+        m.set_entry(at, 0, level);
+        const GuestFrame page = m.map_new(neighbour); // in another table, and no flush
+        EXPECT_EQ(m.read(neighbour), mapped(page));
+    }
+}
+
 TEST(MmuFlush, ClearedMarksAreSetAgain) {
     for (const bool by_invlpg : {true, false}) {
         for (unsigned level = 1; level <= 4; ++level) {
@@ -806,11 +833,12 @@ TEST(MmuTables, FrameReusedAsData) {
     m.load_cr3(m.root);
     m.map(far, table, user_bits);
     for (std::uint64_t i = 0; i < entries_per_table; ++i)
-        m.put(table.base() + i * 8, GuestEntry(~i));
+        m.put(FakeMachine::slot_of(table, i), GuestEntry(~i));
     EXPECT_EQ(m.write(far), mapped(table));
     EXPECT_EQ(m.read(at), fault(0));
     // And as a table again, with what it holds now.
-    m.put(table.base() + paging_4_level.level(1).index(at) * 8, GuestEntry(GuestFrame(5), user_bits));
+    m.put(FakeMachine::slot_of(table, paging_4_level.level(1).index(at)),
+          GuestEntry(GuestFrame(5), user_bits));
     m.set_entry(at, table.base().value() | user_bits, 2);
     EXPECT_EQ(m.read(at), mapped(GuestFrame(5)));
 }
@@ -819,7 +847,7 @@ TEST(MmuTables, OneFrameAsTablesOfAllLevels) {
     Machine m;
     const GuestFrame frame = m.new_frame(), page = m.new_frame();
     for (unsigned i = 0; i < 4; ++i)
-        m.put(frame.base() + i * 8, GuestEntry(i == 3 ? page : frame, user_bits));
+        m.put(FakeMachine::slot_of(frame, i), GuestEntry(i == 3 ? page : frame, user_bits));
     m.load_cr3(frame);
     // Three entries refer to the frame itself, one to a page that holds zeroes.
     EXPECT_EQ(m.read(GuestVirt(0)), mapped(frame));
@@ -827,7 +855,7 @@ TEST(MmuTables, OneFrameAsTablesOfAllLevels) {
     EXPECT_EQ(m.read(GuestVirt(gb + 2 * mb + 3 * page_size)), mapped(page));
     EXPECT_EQ(m.read(GuestVirt(6 * mb)), fault(0)) << "the page as a table";
     const GuestFrame changed = m.new_frame();
-    m.put(frame.base() + 3 * 8, GuestEntry(changed, user_bits));
+    m.put(FakeMachine::slot_of(frame, 3), GuestEntry(changed, user_bits));
     m.invlpg(GuestVirt(3 * page_size));
     EXPECT_EQ(m.read(GuestVirt(3 * page_size)), mapped(changed));
 }
@@ -835,7 +863,7 @@ TEST(MmuTables, OneFrameAsTablesOfAllLevels) {
 TEST(MmuTables, SelfReference) {
     Machine m;
     constexpr std::uint64_t self = 511;
-    m.put(m.root.base() + self * 8, GuestEntry(m.root, kernel_bits));
+    m.put(FakeMachine::slot_of(m.root, self), GuestEntry(m.root, kernel_bits));
     const GuestFrame page = m.map_new(at);
     EXPECT_EQ(m.read(at), mapped(page));
     const auto view = [](std::uint64_t pml4, std::uint64_t pdpt, std::uint64_t pd, std::uint64_t pt) {
@@ -920,7 +948,7 @@ TEST(MmuSlot, TheLastFreeSlotIsFound) {
     constexpr unsigned last = 123;
     for (unsigned slot = 0; slot < entries_per_table; ++slot) {
         if (slot != last)
-            m.put(m.root.base() + slot * 8, GuestEntry(link));
+            m.put(FakeMachine::slot_of(m.root, slot), GuestEntry(link));
     }
     for (unsigned slot = 0; slot < entries_per_table; ++slot) {
         if (slot != last) {
@@ -930,7 +958,7 @@ TEST(MmuSlot, TheLastFreeSlotIsFound) {
     EXPECT_EQ(m.mmu.reserved_slot(), last);
     EXPECT_EQ(m.mmu.counters().slot_moves, 1U);
 
-    m.put(m.root.base() + last * 8, GuestEntry(link));
+    m.put(FakeMachine::slot_of(m.root, last), GuestEntry(link));
     Outcome full;
     full.no_slot = true;
     EXPECT_EQ(m.read(top_level(last)), full);
@@ -944,7 +972,7 @@ TEST(MmuSlot, SpacesNeedNoCommonFreeSlot) {
     const std::uint64_t link = m.get(m.root.base()).raw();
     const GuestFrame space = m.new_frame();
     for (unsigned slot = 0; slot < entries_per_table; ++slot)
-        m.put((slot < 256 ? m.root : space).base() + slot * 8, GuestEntry(link));
+        m.put(FakeMachine::slot_of(slot < 256 ? m.root : space, slot), GuestEntry(link));
     for (int i = 0; i < 2; ++i) {
         m.load_cr3(m.root);
         for (unsigned slot = 0; slot < 256; ++slot)
@@ -1032,7 +1060,7 @@ TEST(MmuPool, SplinteringSurvivesExhaustion) {
 
 /// Runs on the Mmu without a machine that pays.
 class MmuDebt : public ::testing::Test {
-  protected:
+  public:
     void fill(GuestVirt address, bool for_write = false) {
         ASSERT_EQ(m.mmu.fault(address, {.write = for_write}).outcome, Miss::filled);
     }
@@ -1091,6 +1119,14 @@ TEST_F(MmuDebt, ReplacedLeafIsOwed) {
     EXPECT_EQ(owed(), (std::multiset{m.table(at, 1)}));
 }
 
+TEST_F(MmuDebt, FewerRightsAreOwedThoughOthersAreGained) {
+    m.map_new(at);
+    fill(at);
+    m.change(at, xd, xd); // not flushed
+    fill(at, true);
+    EXPECT_EQ(owed(), (std::multiset{m.table(at, 1)}));
+}
+
 TEST_F(MmuDebt, UnlinkedTreeIsOwedAtTheLinkOnly) {
     m.map_new(at);
     fill(at);
@@ -1144,7 +1180,7 @@ TEST_F(MmuDebt, ResetTakesTheRootsAway) {
 // ---- The audit: each rule broken once, through the tables' memory
 
 class MmuAudit : public ::testing::Test {
-  protected:
+  public:
     MmuAudit() {
         m.map_new(at);
         m.map(large + 8 * mb, GuestFrame(4 * mb >> page_shift), user_bits | d, 2);
@@ -1200,6 +1236,16 @@ TEST_F(MmuAudit, LinkToNoTable) {
 TEST_F(MmuAudit, LinkToATableOfAnotherLevel) {
     m.shadow_slot(at, 3) = ShadowEntry(m.pool.frame(m.table(at, 1)), user_bits);
     expect_broken("refers to a table of level 1 instead of 2");
+}
+
+TEST_F(MmuAudit, LinkToATableThatIsNotInStep) {
+    const TableIndex last = m.table(at, 1);
+    const ShadowEntry link = m.shadow_slot(at, 2);
+    m.set_entry(at, 0, 2);
+    m.invlpg(at);
+    m.load_cr3(m.root);
+    m.shadow_slot(at, 2) = link;
+    expect_broken(fmt::format("table {} is behind table", TablePool::number(last)));
 }
 
 TEST_F(MmuAudit, UncountedReference) {

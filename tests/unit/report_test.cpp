@@ -72,7 +72,7 @@ Symbols make_symbols(std::initializer_list<const char*> names) {
 
 /// A guest kernel that has just read from an address that it did not map.
 class ReportTest : public ::testing::Test {
-  protected:
+  public:
     ReportTest() {
         map(code_address, 0x8000, 0);
         map(stack_page, 0x9000, entry_bit::writable | entry_bit::no_execute | entry_bit::dirty);

@@ -32,7 +32,7 @@ TrapRecord record(TrapReason reason, TrapAction action, std::uint64_t cycles = 1
 
 /// A log whose trace goes to a file that goes away with it.
 class TraceTest : public ::testing::Test {
-  protected:
+  public:
     TraceTest()
         : path(std::filesystem::temp_directory_path() / ("umbra-trace-" + std::to_string(getpid()))) {}
     void TearDown() override { std::filesystem::remove(path); }

@@ -22,6 +22,7 @@ class OutputBuffer {
 
     void put(char character);
     void flush();
+    [[nodiscard]] bool waits() const { return !waiting_.empty(); }
 
   private:
     OutputSink sink_;

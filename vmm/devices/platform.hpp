@@ -87,6 +87,8 @@ class Platform {
     /// Passes on output that has not ended its line. The run loop calls this when the guest idles, from time
     /// to time, and at the end.
     void flush();
+    /// Whether flush() would pass on anything.
+    [[nodiscard]] bool output_waits() const { return serial_.output_waits() || debug_console_.waits(); }
 
     [[nodiscard]] const UnclaimedAccesses& unclaimed() const { return unclaimed_; }
 

@@ -42,6 +42,7 @@ class Serial {
 
     /// Passes on output that has not ended its line.
     void flush() { output_.flush(); }
+    [[nodiscard]] bool output_waits() const { return output_.waits(); }
 
   private:
     void set_fifo_control(std::uint8_t value);

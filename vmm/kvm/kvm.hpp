@@ -15,6 +15,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <thread>
 #include <vector>
 
 struct kvm_run;
@@ -35,6 +36,8 @@ enum class ExitReason : std::uint8_t {
     halt,           ///< KVM_EXIT_HLT: no in-kernel irqchip
     shutdown,       ///< KVM_EXIT_SHUTDOWN: triple fault of the machine
     interrupted,    ///< a signal or request_exit
+    not_emulated,   ///< KVM cannot emulate an instruction that it must: one that is not in RAM, or accesses
+                    ///< what is not
     internal_error, ///< KVM could not go on: see Vcpu::describe_exit
     other,          ///< anything else, and KVM_RUN's own failures: see Vcpu::describe_exit
 };
@@ -108,7 +111,8 @@ class Vcpu {
     void store(const VirtualCpu& cpu);
     void load(VirtualCpu& cpu) const;
 
-    /// Whether interrupts are held back for one instruction, as after STI. Only after an exit by a port access.
+    /// Whether interrupts are held back for one instruction, as after STI. Only after an exit by a port
+    /// access.
     void set_interrupt_shadow(bool shadow);
     /// KVM_SET_MP_STATE: the vCPU sleeps until an interrupt that RFLAGS.IF admits.
     void halt();
@@ -135,7 +139,8 @@ class Vm {
     /// Gives the machine `bytes` (page aligned, outliving the Vm) at `base`. Slots that exist before
     /// create_irqchip cost microseconds, later ones milliseconds.
     void add_memory(unsigned slot, MachinePhys base, std::span<std::byte> bytes);
-    /// In-kernel PIC, I/O APIC, local APICs and PIT; before any vCPU.
+    /// In-kernel PIC, I/O APIC, local APICs and PIT; before any vCPU. The PIT's ticks that a guest cannot take
+    /// in time are lost, as on a PC: they are not made up for.
     void create_interrupt_controllers();
     [[nodiscard]] Vcpu create_vcpu(unsigned id);
     void set_irq_line(unsigned irq, bool level);
@@ -143,6 +148,7 @@ class Vm {
   private:
     File file_;
     std::size_t run_size_;
+    std::jthread background_; ///< of create_interrupt_controllers; ends before file_ is closed
 };
 
 class Kvm {
