@@ -174,7 +174,25 @@ TEST(StatsJson, HasTheDocumentedKeys) {
                     {"table_pages", {{"in_use", 10}, {"high_water", 20}, {"capacity", 512}}}}));
     EXPECT_EQ(parsed.at("unclaimed_accesses"),
               (json{{"port_reads", 1}, {"port_writes", 22}, {"mmio_reads", 333}, {"mmio_writes", 4444}}));
-    EXPECT_EQ(parsed.size(), 4U);
+    EXPECT_EQ(parsed.at("instructions"), json::object());
+    EXPECT_EQ(parsed.size(), 5U);
+}
+
+TEST(StatsInstructions, AreCountedByName) {
+    static constexpr const char* cli = "cli";
+    static constexpr const char* hlt = "hlt";
+    TrapLog log;
+    for (const char* mnemonic : {hlt, cli, cli}) {
+        TrapRecord record;
+        record.reason = TrapReason::instruction;
+        record.instruction = mnemonic;
+        log.add(record);
+    }
+    const Stats stats = gather_stats(log, nullptr, {}, 1, 1);
+    EXPECT_EQ(json::parse(stats_json(stats)).at("instructions"), (json{{"cli", 2}, {"hlt", 1}}));
+    const std::string text = stats_text(stats);
+    EXPECT_LT(text.find("cli"), text.find("hlt")); // the most frequent first
+    EXPECT_NE(text.find("hlt"), std::string::npos);
 }
 
 TEST(StatsJson, WithoutShadowTablesOrTraps) {

@@ -172,7 +172,7 @@ TEST_F(TraceTest, OtherReasonsHaveTheFieldsThatApply) {
     };
     EXPECT_EQ(keys(trace(record(TrapReason::syscall, TrapAction::enter))), always);
     EXPECT_EQ(keys(trace(record(TrapReason::instruction, TrapAction::emulate))), always);
-    EXPECT_EQ(keys(trace(record(TrapReason::mmio_read, TrapAction::device))), always);
+    EXPECT_EQ(keys(trace(record(TrapReason::mmio_read, TrapAction::device))), with({"gpa"}));
     EXPECT_EQ(keys(trace(record(TrapReason::signal, TrapAction::attend))), always);
     EXPECT_EQ(keys(trace(record(TrapReason::exception, TrapAction::deliver))), with({"vector", "error"}));
     EXPECT_EQ(keys(trace(record(TrapReason::port_write, TrapAction::device))), with({"port"}));
@@ -189,6 +189,8 @@ TEST_F(TraceTest, OtherReasonsHaveTheFieldsThatApply) {
     TrapRecord instruction = record(TrapReason::instruction, TrapAction::deliver);
     instruction.vector = 14;
     EXPECT_EQ(keys(trace(instruction)), with({"vector", "error", "cr2"}));
+    instruction.instruction = "invlpg";
+    EXPECT_EQ(trace(instruction)["instruction"], "invlpg");
 }
 
 TEST_F(TraceTest, OneLineForEachInOrder) {
