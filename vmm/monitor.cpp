@@ -24,6 +24,13 @@ constexpr DeviceWindow local_apic{GuestPhys(0xfee0'0000).frame(), 1};
 constexpr unsigned fill_patience = 16;
 
 constexpr std::uint8_t first_interrupt = 32;
+
+/// The build option UMBRA_AUDIT: the shadow MMU's invariants are checked before the guest goes on.
+#ifdef UMBRA_AUDIT
+constexpr bool audit_every_entry = true;
+#else
+constexpr bool audit_every_entry = false;
+#endif
 constexpr std::uint32_t msr_tsc_aux = 0xc0000103;
 
 MmuConfig mmu_config(const Machine& machine, const HostTraits& traits) {
@@ -146,6 +153,10 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     }
     if (!verdict && !entered)
         enter();
+    if constexpr (audit_every_entry) {
+        if (auto broken = mmu_.audit(); broken && !verdict)
+            verdict = stop(Verdict::Kind::host_failed, "audit: " + *broken);
+    }
     end_trap();
     return verdict ? verdict : finish_exit(reason, control);
 }

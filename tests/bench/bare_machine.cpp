@@ -11,7 +11,8 @@ constexpr std::size_t memory_bytes = std::size_t{2} << 20;
 // Where things are. The first 2 MB are mapped as they are.
 constexpr std::size_t root = 0x1000, low_pdpt = 0x2000, low_directory = 0x3000;
 constexpr std::size_t gdt = 0x4000, idt = 0x5000, tss = 0x6000, stub = 0x7000;
-constexpr std::size_t stack_top = 0x9000, frame = stack_top - 5 * 8; // RIP, CS, RFLAGS, RSP, SS
+constexpr std::size_t stack_top = 0x9000,
+                      frame = stack_top - 5 * sizeof(std::uint64_t); // RIP, CS, RFLAGS, RSP, SS
 constexpr std::size_t code_begin = 0xa000;
 constexpr std::size_t pages_pdpt = 0xb000, pages_directory = 0xc000, pages_tables = 0xd000;
 constexpr std::size_t frames_behind = 0x100000; // what the pages show, in turn

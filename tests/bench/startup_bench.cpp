@@ -24,6 +24,7 @@ struct Process {
 /// Runs a program to its end, its output discarded; nothing unless it ends with 0.
 std::optional<Process> run(std::vector<std::string> command) {
     std::vector<char*> arguments;
+    arguments.reserve(command.size() + 1);
     for (std::string& argument : command)
         arguments.push_back(argument.data());
     arguments.push_back(nullptr);

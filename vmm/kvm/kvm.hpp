@@ -139,8 +139,8 @@ class Vm {
     /// Gives the machine `bytes` (page aligned, outliving the Vm) at `base`. Slots that exist before
     /// create_irqchip cost microseconds, later ones milliseconds.
     void add_memory(unsigned slot, MachinePhys base, std::span<std::byte> bytes);
-    /// In-kernel PIC, I/O APIC, local APICs and PIT; before any vCPU. The PIT's ticks that a guest cannot take
-    /// in time are lost, as on a PC: they are not made up for.
+    /// In-kernel PIC, I/O APIC, local APICs and PIT; before any vCPU. The PIT's ticks that a guest cannot
+    /// take in time are lost, as on a PC: they are not made up for.
     void create_interrupt_controllers();
     [[nodiscard]] Vcpu create_vcpu(unsigned id);
     void set_irq_line(unsigned irq, bool level);
