@@ -66,15 +66,14 @@ CLI::App* add_run(CLI::App& app, RunOptions& options) {
         ->check(CLI::IsMember({"shadow", "native"}))
         ->default_str("shadow")
         ->type_name("ENGINE");
-    run->add_option_function<std::string>(
-           "--stats",
-           [&options](const std::string& format) {
-               options.stats = format == "json" ? StatsFormat::json : StatsFormat::text;
-           },
-           "Tell afterwards what the run cost, on standard error: --stats or --stats=json")
-        ->check(CLI::IsMember({"", "text", "json"}))
-        ->expected(0, 1)
-        ->type_name("[=FORMAT]");
+    // A flag that takes a value, not an option, which would take the kernel's name for it.
+    const std::string about_stats =
+        "Tell afterwards what the run cost, on standard error: --stats or --stats=json";
+    run->add_flag("--stats", about_stats)
+        ->check(CLI::IsMember({"true", "text", "json"}).description("")) // "true": no value
+        ->each([&options](const std::string& format) {
+            options.stats = format == "json" ? StatsFormat::json : StatsFormat::text;
+        });
     run->add_option("--trace", options.trace, "Write every trap to a file, one line each")->type_name("FILE");
     run->add_option("--log-level", options.log_level, "How much umbra itself says, on standard error")
         ->check(CLI::IsMember({"debug", "info", "warning", "error", "off"}))

@@ -110,7 +110,6 @@ int run_command(const RunOptions& options) {
 
     const bool shadow = options.engine == EngineKind::shadow;
     const Kvm kvm;
-    const HostTraits traits = shadow ? probe_traits(kvm) : HostTraits{};
     RunControl control;
     GuestOutput output(serial_fd, options.expect, control);
     Machine machine(kvm, {.memory_bytes = memory_bytes,
@@ -119,11 +118,22 @@ int run_command(const RunOptions& options) {
                           .debug_output = output.sink()});
     const LoadedKernel kernel_image = load(options, kernel, initrd, machine.memory());
     const VirtualCpu boot = boot_cpu(kernel_image);
+    // After the machine was made: KVM is still busy with its timer then (Vm::create_interrupt_controllers).
+    const HostTraits traits = shadow ? probe_traits(kvm) : HostTraits{};
     const std::unique_ptr<Engine> engine =
         shadow ? std::unique_ptr<Engine>(std::make_unique<Monitor>(machine, traits, boot))
                : std::make_unique<NativeEngine>(machine, boot);
     if (!options.trace.empty())
         engine->log().trace_to(options.trace);
+    spdlog::debug("{}: {}, entered at {}, {} MB, {} engine", options.kernel,
+                  kernel_image.protocol == BootProtocol::elf64 ? "64-bit ELF" : "Linux 64-bit boot protocol",
+                  kernel_image.entry, memory_bytes >> 20, shadow ? "shadow" : "native");
+    if (shadow)
+        spdlog::debug("host: userspace stores {}, IOPL {}, CPUID {}, resumed by {}",
+                      traits.stores_seen ? "seen" : "not seen",
+                      traits.iopl_honoured ? "honoured" : "not honoured",
+                      traits.cpuid_intercepted ? "intercepted" : "native",
+                      traits.resume == ResumeBy::iretq ? "iretq" : "system registers");
 
     const auto timeout =
         options.timeout ? std::optional(std::chrono::duration<double>(*options.timeout)) : std::nullopt;

@@ -53,7 +53,7 @@ std::size_t TableKeyHash::operator()(const TableKey& key) const noexcept {
 Mmu::Mmu(const GuestMemory& memory, TablePool& pool, MmuConfig config, ShadowEntry switcher)
     : memory_(memory), pool_(pool), config_(std::move(config)), switcher_(switcher),
       slot_(config_.first_slot), tables_(pool.capacity()),
-      snapshots_(std::make_unique_for_overwrite<GuestEntry[]>(pool.capacity() * entries_per_table)) {}
+      snapshots_(std::make_unique_for_overwrite<std::uint64_t[]>(pool.capacity() * entries_per_table)) {}
 
 Role Mmu::role(bool user) const {
     return Role{.user = user,

@@ -172,8 +172,9 @@ class Mmu {
     [[nodiscard]] Table& table(TableIndex index) { return tables_[TablePool::number(index)]; }
     [[nodiscard]] const Table& table(TableIndex index) const { return tables_[TablePool::number(index)]; }
     [[nodiscard]] std::span<GuestEntry, entries_per_table> snapshot(TableIndex index) const {
-        return std::span<GuestEntry, entries_per_table>(
-            snapshots_.get() + TablePool::number(index) * entries_per_table, entries_per_table);
+        return std::span<GuestEntry, entries_per_table>(reinterpret_cast<GuestEntry*>(snapshots_.get()) +
+                                                            TablePool::number(index) * entries_per_table,
+                                                        entries_per_table);
     }
     [[nodiscard]] Role role(bool user) const;
     [[nodiscard]] static bool is_leaf(const Table& table, ShadowEntry entry) {
@@ -207,10 +208,12 @@ class Mmu {
 
     GuestPaging paging_;
     bool trap_user_fetch_ = false;
-    std::uint64_t epoch_ = 1;                 ///< counts flushes and INVLPGs
-    std::uint64_t flushed_ = 1;               ///< the epoch that the last flush began
-    std::vector<Table> tables_;               ///< by pool page
-    std::unique_ptr<GuestEntry[]> snapshots_; ///< by pool page: what each shadow entry was made from
+    std::uint64_t epoch_ = 1;   ///< counts flushes and INVLPGs
+    std::uint64_t flushed_ = 1; ///< the epoch that the last flush began
+    std::vector<Table> tables_; ///< by pool page
+    /// By pool page: what each shadow entry was made from, as raw GuestEntry values. Bare numbers, so that
+    /// nothing touches a page of it before its table is used.
+    std::unique_ptr<std::uint64_t[]> snapshots_;
     std::unordered_map<TableKey, TableIndex, TableKeyHash> by_key_;
     std::list<TableIndex>
         idle_; ///< tables that nothing refers to (roots among them), least recently used first

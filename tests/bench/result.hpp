@@ -46,12 +46,16 @@ class TableReporter final : public benchmark::BenchmarkReporter {
     bool failed_ = false;
 };
 
-// The benchmarks, by file, in the order in which they are to be run: starting programs comes first, while
-// this process is small, because a child's resident memory begins with its parent's.
-void register_startup_benchmarks();
-void register_trap_benchmarks();
-void register_shadow_benchmarks();
-void register_cpu_benchmarks();
+// The benchmarks.
+void startup_time(benchmark::State& state);
+void startup_resident(benchmark::State& state);
+void emulated_instruction(benchmark::State& state);
+void hidden_fault(benchmark::State& state);
+void hidden_fault_in_umbra(benchmark::State& state);
+void mmu_fault(benchmark::State& state);
+void guest_walk(benchmark::State& state);
+void guest_arithmetic(benchmark::State& state);
+void guest_memory(benchmark::State& state);
 
 /// Ticks of timestamp() as nanoseconds.
 [[nodiscard]] inline double nanoseconds(double ticks) {

@@ -45,6 +45,8 @@ GuestVirt scattered(std::size_t number) {
     return GuestVirt(number * odd % PagedGuest::pages * page_size + number % page_size);
 }
 
+} // namespace
+
 void guest_walk(benchmark::State& state) {
     const PagedGuest guest;
     constexpr std::size_t batch = 1024;
@@ -79,13 +81,6 @@ void mmu_fault(benchmark::State& state) {
     }
     constexpr Goal goal{.of = Goal::Of::measured, .bound = Goal::Bound::at_most, .value = 1000};
     report(state, {Unit::nanoseconds, nanoseconds(median(times)), {}, 0, goal});
-}
-
-} // namespace
-
-void register_shadow_benchmarks() {
-    benchmark::RegisterBenchmark("hidden fault: Mmu::fault alone", mmu_fault);
-    benchmark::RegisterBenchmark("guest walk, 4 levels", guest_walk);
 }
 
 } // namespace umbra::bench

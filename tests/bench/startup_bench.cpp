@@ -83,21 +83,16 @@ void compare(benchmark::State& state, Unit unit, std::vector<double> Startup::*o
     report(state, {unit, measured, baseline, measured / baseline, goal});
 }
 
-void time(benchmark::State& state) {
+} // namespace
+
+void startup_time(benchmark::State& state) {
     constexpr double most = 15e6;
     compare(state, Unit::nanoseconds, &Startup::times, &Startup::bare_times, most);
 }
 
-void resident(benchmark::State& state) {
+void startup_resident(benchmark::State& state) {
     constexpr double most = 20e6;
     compare(state, Unit::bytes, &Startup::sizes, &Startup::bare_sizes, most);
-}
-
-} // namespace
-
-void register_startup_benchmarks() {
-    benchmark::RegisterBenchmark("umbra run hello: time", time)->Iterations(1);
-    benchmark::RegisterBenchmark("umbra run hello: resident", resident)->Iterations(1);
 }
 
 } // namespace umbra::bench

@@ -72,7 +72,7 @@ void report_traps(benchmark::State& state, const std::vector<double>& times, con
     report(state, {Unit::nanoseconds, measured, baseline, measured / baseline, trap_goal});
 }
 
-void emulated_instruction(const Kvm& kvm, benchmark::State& state) {
+void time_emulated_instruction(const Kvm& kvm, benchmark::State& state) {
     LoopGuest guest(kvm, probe_traits(kvm));
     BareTraps bare(kvm);
     const std::size_t loop = loop_offset(bench_sensitive);
@@ -132,7 +132,7 @@ bool touch_pages(LoopGuest& guest, FaultTimes& times, Between&& between) {
     });
 }
 
-void hidden_fault(const Kvm& kvm, benchmark::State& state) {
+void time_hidden_fault(const Kvm& kvm, benchmark::State& state) {
     LoopGuest guest(kvm, probe_traits(kvm));
     BareTraps bare(kvm);
     bare.start([](BareMachine& machine) {
@@ -157,7 +157,7 @@ void hidden_fault(const Kvm& kvm, benchmark::State& state) {
     report_traps(state, times.round_trips, bare);
 }
 
-void hidden_fault_in_umbra(const Kvm& kvm, benchmark::State& state) {
+void time_hidden_fault_in_umbra(const Kvm& kvm, benchmark::State& state) {
     LoopGuest guest(kvm, probe_traits(kvm));
     FaultTimes times;
     if (!touch_pages(guest, times, [] {}))
@@ -166,8 +166,7 @@ void hidden_fault_in_umbra(const Kvm& kvm, benchmark::State& state) {
     report(state, {Unit::nanoseconds, nanoseconds(median(times.in_umbra)), {}, 0, goal});
 }
 
-template<void (*run)(const Kvm&, benchmark::State&)>
-void with_kvm(benchmark::State& state) {
+void with_kvm(benchmark::State& state, void (*run)(const Kvm&, benchmark::State&)) {
     for ([[maybe_unused]] auto _ : state) {
         try {
             run(Kvm(), state);
@@ -179,13 +178,14 @@ void with_kvm(benchmark::State& state) {
 
 } // namespace
 
-void register_trap_benchmarks() {
-    const auto add = [](const char* name, void (*function)(benchmark::State&)) {
-        benchmark::RegisterBenchmark(name, function)->Iterations(1);
-    };
-    add("trap: emulated instruction", with_kvm<emulated_instruction>);
-    add("trap: hidden fault", with_kvm<hidden_fault>);
-    add("hidden fault: in umbra", with_kvm<hidden_fault_in_umbra>);
+void emulated_instruction(benchmark::State& state) {
+    with_kvm(state, time_emulated_instruction);
+}
+void hidden_fault(benchmark::State& state) {
+    with_kvm(state, time_hidden_fault);
+}
+void hidden_fault_in_umbra(benchmark::State& state) {
+    with_kvm(state, time_hidden_fault_in_umbra);
 }
 
 } // namespace umbra::bench

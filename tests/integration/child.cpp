@@ -122,6 +122,9 @@ Child::Child(std::vector<std::string> arguments, Setup setup) : unread_(setup.un
     }
     Ends errors = make_pipe(true);
     errors_ = std::move(errors.ours);
+    if (setup
+            .unread) // little fits into a pipe that nobody reads; of a terminal this fails, which has no more
+        (void)::fcntl(output_.get(), F_SETPIPE_SZ, static_cast<int>(::sysconf(_SC_PAGESIZE)));
     set_nonblocking(output_);
     set_nonblocking(errors_);
     if (input_.get() >= 0)

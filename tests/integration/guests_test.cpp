@@ -40,12 +40,25 @@ TEST(GuestsTest, OutcomesAreDeclared) {
     EXPECT_GE(all_runs().size(), 20U) << "guest/outcomes.json is missing, damaged or short";
 }
 
+/// Why this guest cannot pass natively on a KVM that is itself in QEMU's emulation; empty if it can. (On
+/// shadow tables it can.)
+std::string emulation_defect(const std::string& guest) {
+    if (!shadows_tables() && (guest == "hostile" || guest == "cr3"))
+        return "QEMU's nested page faults do not tell KVM that a guest's page table is not in RAM";
+    if (shadows_tables() && guest == "exceptions")
+        return "QEMU makes no double fault of an exception that KVM injects";
+    return {};
+}
+
 class GuestTest : public KvmTest, public testing::WithParamInterface<GuestRun> {
   protected:
     void SetUp() override {
         KvmTest::SetUp();
         if (!IsSkipped() && !HasFatalFailure())
             require_engine(GetParam().engine);
+        if (!IsSkipped() && emulated_host() && GetParam().engine == "native")
+            if (const std::string why = emulation_defect(GetParam().name); !why.empty())
+                GTEST_SKIP() << why;
     }
 };
 
@@ -54,7 +67,9 @@ std::vector<std::string> arguments_for(const GuestRun& run) {
     if (run.outcome == "timeout")
         arguments.insert(arguments.end(), {"--timeout", "1.5"});
     arguments.push_back(guest_file(run.name));
-    const auto words = words_for_guest(run.engine);
+    // Where KVM walks the guest's tables, and not QEMU, walks are exact on both engines.
+    const bool walks = run.name == "reserved" || run.name == "random";
+    const auto words = words_for_guest(walks && shadows_tables() ? "shadow" : run.engine);
     arguments.insert(arguments.end(), words.begin(), words.end());
     return arguments;
 }

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <utility>
 
 #include <nlohmann/json.hpp>
 
@@ -24,15 +25,28 @@ std::vector<std::string> words_for_guest(const std::string& engine) {
     return {"--", engine == "native" ? "qemu" : "qemu-host"};
 }
 
-bool interprets_ring0() {
-    static const bool interprets = [] {
-        const Ended probe = run_umbra({"probe", "--json"});
-        EXPECT_EQ(probe.exit_code, 0) << probe;
-        const auto json = nlohmann::json::parse(probe.out, nullptr, false);
-        EXPECT_FALSE(json.is_discarded()) << probe;
-        return json.is_object() && json.value("resume", "") == "system_registers";
+namespace {
+
+/// What `umbra probe` says, asked once.
+const nlohmann::json& probe() {
+    static const nlohmann::json answer = [] {
+        const Ended ended = run_umbra({"probe", "--json"});
+        EXPECT_EQ(ended.exit_code, 0) << ended;
+        auto json = nlohmann::json::parse(ended.out, nullptr, false);
+        EXPECT_TRUE(json.is_object()) << ended;
+        return json.is_object() ? std::move(json) : nlohmann::json::object();
     }();
-    return interprets;
+    return answer;
+}
+
+} // namespace
+
+bool interprets_ring0() {
+    return probe().value("resume", "") == "system_registers";
+}
+
+bool shadows_tables() {
+    return probe().value("present_entries", "") == "republish";
 }
 
 void require_engine(const std::string& engine) {

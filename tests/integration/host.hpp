@@ -19,6 +19,9 @@ namespace umbra {
 /// By `umbra probe`: this KVM interprets the machine's ring 0, so the native engine cannot run there.
 [[nodiscard]] bool interprets_ring0();
 
+/// By `umbra probe`: this KVM shadows the tables of its guests, instead of letting the CPU walk them.
+[[nodiscard]] bool shadows_tables();
+
 /// For what is missing and could be there: fails in continuous integration, otherwise skips the test.
 #define UMBRA_MISSING(what)                                                                                  \
     do {                                                                                                     \

@@ -83,6 +83,15 @@ TEST_P(VerdictTest, TripleFaultIsAPanic) {
     EXPECT_TRUE(ended.err.starts_with("umbra: triple fault")) << ended;
 }
 
+TEST_P(VerdictTest, InstructionOutsideOfMemoryIsAPanic) {
+    const Code fetch = mov_eax(0x10000000) + Code{0xff, 0xe0};   // jmp *%rax
+    const Code load = mov_eax(0x10000000) + Code{0xdb, 0, 0x90}; // fildl (%rax), which KVM does not emulate
+    for (const Code& code : {fetch, load}) {
+        const Ended ended = run(code + spin, {"--timeout", "100"});
+        EXPECT_EQ(ended.exit_code, 3) << ended;
+    }
+}
+
 TEST_P(VerdictTest, TimeoutEndsWhateverTheGuestDoes) {
     for (const Code& code : {spin, halt, halt_for_ever, for_ever(write_port(0x80, 0))}) {
         const auto start = std::chrono::steady_clock::now();
