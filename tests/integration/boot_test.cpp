@@ -29,7 +29,7 @@ class BootTest : public EngineTest {
                 << ended;
     }
 
-    TemporaryFolder folder;
+    TemporaryFolder folder_;
 };
 
 TEST_P(BootTest, NothingIsSaidByDefault) {
@@ -83,15 +83,15 @@ std::uint64_t hash(const std::string& bytes) {
 TEST_P(BootTest, InitialRamDiskArrivesUnchanged) {
     for (const std::size_t size : {1U, 4096U, 3'000'001U}) {
         const std::string disk = noise(size);
-        expect_said(boot({"--initrd", folder.write("disk", disk)}),
+        expect_said(boot({"--initrd", folder_.write("disk", disk)}),
                     {fmt::format("initrd of {} bytes, hash {:#x}", size, hash(disk))});
     }
 }
 
 TEST_P(BootTest, InitialRamDiskThatCannotBeHadIsOneLine) {
-    const std::string large = folder.write("large", std::string(std::size_t{4} << 20, 'x'));
+    const std::string large = folder_.write("large", std::string(std::size_t{4} << 20, 'x'));
     for (const std::string& disk :
-         {folder.file("missing"), folder.file(""), folder.write("empty", ""), large}) {
+         {folder_.file("missing"), folder_.file(""), folder_.write("empty", ""), large}) {
         const Ended ended = boot({"-m", "4M", "--initrd", disk});
         EXPECT_EQ(ended.exit_code, 2) << ended;
         EXPECT_EQ(lines_of(ended.err).size(), 1U) << ended;

@@ -94,7 +94,7 @@ std::ostream& operator<<(std::ostream& stream, const Ended& ended) {
                   << tail(ended.err) << "\n---";
 }
 
-Child::Child(std::vector<std::string> arguments, Setup setup) : unread_(setup.unread) {
+Child::Child(std::vector<std::string> arguments, const Setup& setup) : unread_(setup.unread) {
     (void)::signal(SIGPIPE, SIG_IGN);
     File their_input, their_output;
     if (setup.input == Input::terminal) {
@@ -131,6 +131,7 @@ Child::Child(std::vector<std::string> arguments, Setup setup) : unread_(setup.un
         set_nonblocking(input_);
 
     std::vector<char*> pointers;
+    pointers.reserve(arguments.size() + 1);
     for (std::string& argument : arguments)
         pointers.push_back(argument.data());
     pointers.push_back(nullptr);

@@ -52,7 +52,7 @@ class Child {
     /// `arguments`: the program's path and its arguments. With a terminal as input, standard output goes
     /// there, too. Signals are at their defaults in the child, and it has a session of its own.
     explicit Child(std::vector<std::string> arguments) : Child(std::move(arguments), Setup()) {}
-    Child(std::vector<std::string> arguments, Setup setup);
+    Child(std::vector<std::string> arguments, const Setup& setup);
     Child(const Child&) = delete;
     Child& operator=(const Child&) = delete;
     Child(Child&&) = delete;

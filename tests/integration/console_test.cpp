@@ -30,10 +30,10 @@ class ConsoleTest : public EngineTest {
         return umbra_command(options);
     }
     [[nodiscard]] std::string kernel(const Code& code) const {
-        return folder.write("kernel", elf_kernel(code));
+        return folder_.write("kernel", elf_kernel(code));
     }
 
-    TemporaryFolder folder;
+    TemporaryFolder folder_;
 };
 
 // --- Output
@@ -46,7 +46,7 @@ TEST_P(ConsoleTest, SerialOutputGoesToStandardOutput) {
 }
 
 TEST_P(ConsoleTest, SerialOutputGoesToAFile) {
-    const std::string file = folder.write("serial", "what was there before, and is longer than the rest is");
+    const std::string file = folder_.write("serial", "what was there before, and is longer than the rest is");
     const Ended ended = Child(command({"--serial", file}, guest_file("fail"))).end();
     EXPECT_EQ(ended.exit_code, 1) << ended;
     EXPECT_EQ(ended.out, "");
@@ -93,7 +93,7 @@ TEST_P(ConsoleTest, UnfinishedLineIsShownWhileTheGuestWaits) {
 }
 
 TEST_P(ConsoleTest, SerialFileThatCannotBeWrittenIsBadUsage) {
-    for (const std::string& file : {folder.file("missing/serial"), folder.file("")}) {
+    for (const std::string& file : {folder_.file("missing/serial"), folder_.file("")}) {
         const Ended ended = Child(command({"--serial", file}, guest_file("hello"))).end();
         EXPECT_EQ(ended.exit_code, 2) << ended;
         EXPECT_EQ(lines_of(ended.err).size(), 1U) << ended;
@@ -166,12 +166,12 @@ TEST_P(ConsoleTest, EndOfInputIsNoEndOfTheRun) {
 }
 
 TEST_P(ConsoleTest, InputIsLeftAloneUnlessTheSerialPortIsStdio) {
-    Child child(command({"--serial", folder.file("serial"), "--timeout", "1"}, guest_file("echo")),
+    Child child(command({"--serial", folder_.file("serial"), "--timeout", "1"}, guest_file("echo")),
                 {.input = Input::pipe});
     ASSERT_TRUE(child.type("quit\n"));
     const Ended& ended = child.end();
     EXPECT_EQ(ended.exit_code, 124) << ended;
-    EXPECT_EQ(contents_of(folder.file("serial")), "echo: ready\n");
+    EXPECT_EQ(contents_of(folder_.file("serial")), "echo: ready\n");
 }
 
 // --- The terminal
@@ -269,7 +269,7 @@ TEST_P(TerminalTest, StoppedRunGivesTheTerminalBackAndTakesItAgain) {
 }
 
 TEST_P(TerminalTest, IsLeftAloneUnlessTheSerialPortIsStdio) {
-    Child child = start({"--serial", folder.file("serial"), "--timeout", "1"}, guest_file("halt"));
+    Child child = start({"--serial", folder_.file("serial"), "--timeout", "1"}, guest_file("halt"));
     child.run_for(500ms);
     expect_restored(child);
     const Ended& ended = child.end();

@@ -28,7 +28,7 @@ const std::string memtest = "/boot/memtest86+x64.bin";
 class DamagedTest : public KvmTest {
   protected:
     [[nodiscard]] Ended run(const std::string& kernel) const {
-        return run_umbra({"run", "-m", "16M", "--timeout", "0.3", folder.write("kernel", kernel)});
+        return run_umbra({"run", "-m", "16M", "--timeout", "0.3", folder_.write("kernel", kernel)});
     }
     /// The file is no kernel, which is said in one line.
     void expect_refused(const std::string& kernel) const {
@@ -49,7 +49,7 @@ class DamagedTest : public KvmTest {
         EXPECT_TRUE(ended.exit_code != 2 || lines_of(ended.err).size() == 1) << ended;
     }
 
-    TemporaryFolder folder;
+    TemporaryFolder folder_;
 };
 
 template<class Value>
@@ -76,10 +76,10 @@ std::string mutated(std::string bytes, std::mt19937& random, std::size_t most = 
 // --- Files that are not there, or no kernels at all
 
 TEST_F(DamagedTest, FilesThatCannotBeReadAreNamed) {
-    std::vector<std::string> paths{folder.file("missing"), folder.file(""), folder.write("empty", ""),
+    std::vector<std::string> paths{folder_.file("missing"), folder_.file(""), folder_.write("empty", ""),
                                    "/dev/null", "/dev/zero"};
     if (::geteuid() != 0) { // root may read everything
-        paths.push_back(folder.write("unreadable", "x"));
+        paths.push_back(folder_.write("unreadable", "x"));
         ASSERT_EQ(::chmod(paths.back().c_str(), 0), 0);
     }
     for (const std::string& path : paths) {
@@ -180,12 +180,12 @@ class DamagedBzImageTest : public DamagedTest {
         DamagedTest::SetUp();
         if (IsSkipped() || HasFatalFailure())
             return;
-        image = contents_of(memtest);
-        if (image.empty())
+        image_ = contents_of(memtest);
+        if (image_.empty())
             UMBRA_MISSING(memtest + " is missing: install memtest86+");
     }
 
-    std::string image;
+    std::string image_;
 };
 
 // Offsets of the setup header's fields: Documentation/arch/x86/boot.rst.
@@ -196,32 +196,32 @@ constexpr std::size_t setup_sects = 0x1f1, syssize = 0x1f4, boot_flag = 0x1fe, j
 TEST_F(DamagedBzImageTest, Truncated) {
     for (const std::size_t size :
          {0x1f1U, 0x201U, 0x202U, 0x206U, 0x236U, 0x264U, 0x268U, 0x400U, 5000U, 100000U})
-        expect_refused(image.substr(0, size));
+        expect_refused(image_.substr(0, size));
 }
 
 TEST_F(DamagedBzImageTest, Absurd) {
-    expect_refused(with(image, setup_sects, std::uint8_t{255}));
-    expect_refused(with(image, syssize, std::uint32_t{0}));
-    expect_refused(with(image, syssize, std::uint32_t{1}));
-    expect_refused(with(image, syssize, ~std::uint32_t{0}));
-    expect_refused(with(image, boot_flag, std::uint16_t{0}));
-    expect_refused(with(image, jump_length, std::uint8_t{0}));
-    expect_refused(with(image, magic, std::uint32_t{0}));
-    expect_refused(with(image, version, std::uint16_t{0x200}));
-    expect_refused(with(image, loadflags, std::uint8_t{0}));
-    expect_refused(with(image, xloadflags, std::uint16_t{0}));
+    expect_refused(with(image_, setup_sects, std::uint8_t{255}));
+    expect_refused(with(image_, syssize, std::uint32_t{0}));
+    expect_refused(with(image_, syssize, std::uint32_t{1}));
+    expect_refused(with(image_, syssize, ~std::uint32_t{0}));
+    expect_refused(with(image_, boot_flag, std::uint16_t{0}));
+    expect_refused(with(image_, jump_length, std::uint8_t{0}));
+    expect_refused(with(image_, magic, std::uint32_t{0}));
+    expect_refused(with(image_, version, std::uint16_t{0x200}));
+    expect_refused(with(image_, loadflags, std::uint8_t{0}));
+    expect_refused(with(image_, xloadflags, std::uint16_t{0}));
     for (const std::uint64_t address : {std::uint64_t{4096}, std::uint64_t{15} << 20, std::uint64_t{16} << 20,
                                         std::uint64_t{1} << 40, ~std::uint64_t{0}, ~std::uint64_t{0} << 12})
-        expect_refused(with(with(image, pref_address, address), init_size, std::uint32_t{4} << 20));
-    expect_refused(with(image, init_size, ~std::uint32_t{0}));
+        expect_refused(with(with(image_, pref_address, address), init_size, std::uint32_t{4} << 20));
+    expect_refused(with(image_, init_size, ~std::uint32_t{0}));
 }
 
 TEST_F(DamagedBzImageTest, RandomlyChangedHeaders) {
     std::mt19937 random(5);
     for (int i = 0; i < 40; ++i) {
         SCOPED_TRACE(i);
-        const std::string header = mutated(image.substr(setup_sects, header_end - setup_sects), random);
-        expect_documented_end(std::string(image).replace(setup_sects, header.size(), header));
+        const std::string header = mutated(image_.substr(setup_sects, header_end - setup_sects), random);
+        expect_documented_end(std::string(image_).replace(setup_sects, header.size(), header));
     }
 }
 

@@ -19,8 +19,8 @@ struct GuestRun {
     std::string name, outcome, memory, console, engine;
 };
 
-void PrintTo(const GuestRun& run, std::ostream* stream) {
-    *stream << run.name << " on " << run.engine << ": " << run.outcome;
+std::ostream& operator<<(std::ostream& stream, const GuestRun& run) {
+    return stream << run.name << " on " << run.engine << ": " << run.outcome;
 }
 
 std::vector<GuestRun> all_runs() {
@@ -113,6 +113,7 @@ class ManyGuestsTest : public EngineTest {};
 TEST_P(ManyGuestsTest, RunAtTheSameTime) {
     const std::vector<std::string> guests{"hello", "spaces", "fail", "hello", "timer", "user"};
     std::vector<std::unique_ptr<Child>> children;
+    children.reserve(guests.size());
     for (const std::string& guest : guests)
         children.push_back(
             std::make_unique<Child>(umbra_command(arguments_for({guest, "passed", "64M", "", GetParam()}))));
@@ -138,7 +139,7 @@ TEST_F(HelloTest, NeedsLittleMemoryOfTheHost) {
     const Ended ended = run_umbra({"run", guest_file("hello")});
     ASSERT_EQ(ended.exit_code, 0) << ended;
     std::cout << "hello: " << ended.resident_kb << " KB resident at most\n";
-    constexpr long far_too_much = 64 * 1024; // what it should need is measured by tests/bench
+    constexpr long far_too_much = 65536; // what it should need is measured by tests/bench
     EXPECT_LT(ended.resident_kb, far_too_much) << "has guest memory been touched that is not used?";
 }
 

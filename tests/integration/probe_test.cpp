@@ -1,12 +1,9 @@
 // `umbra probe` on this host's KVM, whatever kind it is.
 #include "launcher/probe.hpp"
+#include "tests/integration/host.hpp"
 #include "vmm/kvm/kvm.hpp"
 
-#include <unistd.h>
-
-#include <cstdlib>
 #include <map>
-#include <optional>
 #include <set>
 #include <string>
 
@@ -16,32 +13,30 @@
 namespace umbra {
 namespace {
 
-/// All experiments are made once, by the first test that asks; nothing without a usable /dev/kvm.
-const HostReport* this_host() {
-    static const std::optional<HostReport> report =
-        ::access("/dev/kvm", R_OK | W_OK) == 0 ? std::optional(probe_host(Kvm())) : std::nullopt;
-    return report ? &*report : nullptr;
+/// All experiments are made once, by the first test that asks.
+const HostReport& this_host() {
+    static const HostReport report = probe_host(Kvm());
+    return report;
 }
 
-class ProbeTest : public testing::Test {
+class ProbeTest : public KvmTest {
   protected:
     void SetUp() override {
-        report = this_host();
-        if (report == nullptr && std::getenv("CI") != nullptr)
-            FAIL() << "/dev/kvm cannot be opened, and this is CI";
-        if (report == nullptr)
-            GTEST_SKIP() << "/dev/kvm cannot be opened";
-        for (const TraitReport& trait : report->details)
-            values[trait.id] = trait.value;
+        KvmTest::SetUp();
+        if (IsSkipped() || HasFatalFailure())
+            return;
+        report_ = &this_host();
+        for (const TraitReport& trait : report_->details)
+            values_[trait.id] = trait.value;
     }
 
-    const HostReport* report = nullptr;
-    std::map<std::string, std::string> values;
+    const HostReport* report_ = nullptr;
+    std::map<std::string, std::string> values_;
 };
 
 TEST_F(ProbeTest, EveryTraitHasAnAnswer) {
     std::set<std::string> ids;
-    for (const TraitReport& trait : report->details) {
+    for (const TraitReport& trait : report_->details) {
         EXPECT_TRUE(ids.insert(trait.id).second) << trait.id << " is there twice";
         EXPECT_FALSE(trait.question.empty()) << trait.id;
         EXPECT_FALSE(trait.value.empty()) << trait.id;
@@ -51,54 +46,54 @@ TEST_F(ProbeTest, EveryTraitHasAnAnswer) {
 }
 
 TEST_F(ProbeTest, WhatEveryHostMustDoIsDone) {
-    EXPECT_EQ(values.at("store_fill"), "seen");
-    EXPECT_EQ(values.at("store_upgrade"), "seen");
-    EXPECT_EQ(values.at("ring0_change"), "seen");
-    EXPECT_EQ(values.at("mmio"), "exits");
-    EXPECT_EQ(values.at("single_step"), "raises #DB");
-    EXPECT_EQ(values.at("interrupts"), "arrive as IF admits");
-    EXPECT_TRUE(values.at("slots").starts_with("all"));
+    EXPECT_EQ(values_.at("store_fill"), "seen");
+    EXPECT_EQ(values_.at("store_upgrade"), "seen");
+    EXPECT_EQ(values_.at("ring0_change"), "seen");
+    EXPECT_EQ(values_.at("mmio"), "exits");
+    EXPECT_EQ(values_.at("single_step"), "raises #DB");
+    EXPECT_EQ(values_.at("interrupts"), "arrive as IF admits");
+    EXPECT_TRUE(values_.at("slots").starts_with("all"));
 }
 
 TEST_F(ProbeTest, TraitsAgreeWithEachOther) {
-    const HostTraits& traits = report->traits;
-    EXPECT_EQ(values.at("store_change") == "seen", traits.stores_seen);
-    EXPECT_EQ(values.at("pushf_if") == "exact", traits.iopl_honoured);
-    EXPECT_EQ(values.at("popf_if") == "changes it", traits.iopl_honoured);
-    EXPECT_EQ(values.at("mov_cs") == "0x33", !traits.own_gdt);
+    const HostTraits& traits = report_->traits;
+    EXPECT_EQ(values_.at("store_change") == "seen", traits.stores_seen);
+    EXPECT_EQ(values_.at("pushf_if") == "exact", traits.iopl_honoured);
+    EXPECT_EQ(values_.at("popf_if") == "changes it", traits.iopl_honoured);
+    EXPECT_EQ(values_.at("mov_cs") == "0x33", !traits.own_gdt);
     // Timing is not compared: a busy host would make it lie.
-    EXPECT_GT(std::stod(values.at("trap_by_iretq")), 0);
-    EXPECT_GT(std::stod(values.at("trap_by_system_registers")), 0);
+    EXPECT_GT(std::stod(values_.at("trap_by_iretq")), 0);
+    EXPECT_GT(std::stod(values_.at("trap_by_system_registers")), 0);
 }
 
 TEST_F(ProbeTest, TraitsAreTheSameEveryTime) {
     const Kvm kvm;
     for (int i = 0; i < 5; ++i) {
         const HostTraits again = probe_traits(kvm);
-        EXPECT_EQ(again.stores_seen, report->traits.stores_seen);
-        EXPECT_EQ(again.iopl_honoured, report->traits.iopl_honoured);
-        EXPECT_EQ(again.own_gdt, report->traits.own_gdt);
-        EXPECT_EQ(again.syscall_to_ring0, report->traits.syscall_to_ring0);
-        EXPECT_EQ(again.cpuid_intercepted, report->traits.cpuid_intercepted);
-        EXPECT_EQ(again.resume, report->traits.resume);
+        EXPECT_EQ(again.stores_seen, report_->traits.stores_seen);
+        EXPECT_EQ(again.iopl_honoured, report_->traits.iopl_honoured);
+        EXPECT_EQ(again.own_gdt, report_->traits.own_gdt);
+        EXPECT_EQ(again.syscall_to_ring0, report_->traits.syscall_to_ring0);
+        EXPECT_EQ(again.cpuid_intercepted, report_->traits.cpuid_intercepted);
+        EXPECT_EQ(again.resume, report_->traits.resume);
     }
 }
 
 TEST_F(ProbeTest, TableHasALineForEachTrait) {
-    const std::string table = probe_table(*report);
+    const std::string table = probe_table(*report_);
     EXPECT_TRUE(table.starts_with("umbra resumes guests by "));
-    EXPECT_NE(table.find("this KVM " + report->kind), std::string::npos);
-    for (const TraitReport& trait : report->details)
+    EXPECT_NE(table.find("this KVM " + report_->kind), std::string::npos);
+    for (const TraitReport& trait : report_->details)
         EXPECT_NE(table.find("\n" + trait.question + " "), std::string::npos) << trait.id;
 }
 
 TEST_F(ProbeTest, JsonHasEveryKey) {
-    const auto json = nlohmann::json::parse(probe_json(*report));
-    EXPECT_EQ(json.at("kind"), report->kind);
-    EXPECT_EQ(json.at("resume") == "iretq", report->traits.resume == ResumeBy::iretq);
-    EXPECT_EQ(json.at("present_entries") == "store", report->traits.stores_seen);
-    EXPECT_EQ(json.at("traits").size(), report->details.size());
-    for (const TraitReport& trait : report->details) {
+    const auto json = nlohmann::json::parse(probe_json(*report_));
+    EXPECT_EQ(json.at("kind"), report_->kind);
+    EXPECT_EQ(json.at("resume") == "iretq", report_->traits.resume == ResumeBy::iretq);
+    EXPECT_EQ(json.at("present_entries") == "store", report_->traits.stores_seen);
+    EXPECT_EQ(json.at("traits").size(), report_->details.size());
+    for (const TraitReport& trait : report_->details) {
         const auto& entry = json.at("traits").at(trait.id);
         EXPECT_EQ(entry.at("question"), trait.question);
         EXPECT_EQ(entry.at("value"), trait.value);

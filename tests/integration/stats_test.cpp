@@ -29,7 +29,7 @@ class StatsTest : public EngineTest {
     }
     static bool shadow() { return GetParam() == "shadow"; }
 
-    TemporaryFolder folder;
+    TemporaryFolder folder_;
 };
 
 /// The JSON on standard error, where it follows the verdict.
@@ -144,7 +144,7 @@ std::map<std::string, std::string> pairs_of(const std::string& line) {
 }
 
 TEST_P(StatsTest, TraceHasALineForEveryTrap) {
-    const std::string file = folder.file("trace");
+    const std::string file = folder_.file("trace");
     const Ended ended = run({"--stats=json", "--trace", file}, "user");
     ASSERT_EQ(ended.exit_code, 0) << ended;
     const Json stats = stats_of(ended);
@@ -170,7 +170,7 @@ TEST_P(StatsTest, TraceHasALineForEveryTrap) {
 TEST_P(StatsTest, TraceTellsOfProgramsSystemCallsAndInstructions) {
     if (!shadow())
         GTEST_SKIP() << "the native engine sees no system calls";
-    const std::string file = folder.file("trace");
+    const std::string file = folder_.file("trace");
     ASSERT_EQ(run({"--trace", file}, "user").exit_code, 0);
     std::set<std::string> cpls, reasons, instructions;
     for (const std::string& line : lines_of(contents_of(file))) {

@@ -20,11 +20,11 @@ class VerdictTest : public EngineTest {
   protected:
     Ended run(const Code& code, std::vector<std::string> options = {}) const {
         options.insert(options.begin(), {"run", "--engine", GetParam()});
-        options.push_back(folder.write("kernel", elf_kernel(code)));
+        options.push_back(folder_.write("kernel", elf_kernel(code)));
         return run_umbra(options);
     }
 
-    TemporaryFolder folder;
+    TemporaryFolder folder_;
 };
 
 TEST_P(VerdictTest, ExitPortPassesWithZero) {
@@ -110,8 +110,9 @@ TEST_P(VerdictTest, TimeoutDoesNotTouchAFasterGuest) {
 TEST_P(VerdictTest, SignalsInterruptWhateverTheGuestDoes) {
     for (const int signal : {SIGINT, SIGTERM, SIGHUP}) {
         for (const Code& code : {spin, halt, halt_for_ever}) {
-            Child child(umbra_command({"run", "--engine", GetParam(),
-                                       folder.write("kernel", elf_kernel(print('!') + print('\n') + code))}));
+            Child child(
+                umbra_command({"run", "--engine", GetParam(),
+                               folder_.write("kernel", elf_kernel(print('!') + print('\n') + code))}));
             ASSERT_TRUE(child.wait_for("!")) << child.end(0s);
             child.run_for(20ms);
             child.send_signal(signal);
@@ -123,7 +124,7 @@ TEST_P(VerdictTest, SignalsInterruptWhateverTheGuestDoes) {
 }
 
 TEST_P(VerdictTest, SignalBeforeTheGuestRunsEndsAsCleanly) {
-    const std::string kernel = folder.write("kernel", elf_kernel(spin));
+    const std::string kernel = folder_.write("kernel", elf_kernel(spin));
     for (const auto delay : {1ms, 3ms, 6ms, 10ms, 15ms, 25ms, 40ms}) {
         Child child(umbra_command({"run", "--engine", GetParam(), kernel}));
         child.run_for(delay);
