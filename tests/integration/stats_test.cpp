@@ -191,6 +191,16 @@ TEST_P(StatsTest, TraceTellsOfProgramsSystemCallsAndInstructions) {
         EXPECT_TRUE(instructions.contains(instruction)) << instruction;
 }
 
+TEST_P(StatsTest, TraceThatCannotBeWrittenIsBadUsage) {
+    for (const std::string& file : {folder_.file("missing/trace"), folder_.file("")}) {
+        const Ended ended = run({"--trace", file}, "hello");
+        EXPECT_EQ(ended.exit_code, 2) << ended;
+        EXPECT_EQ(ended.out, "") << ended;
+        EXPECT_EQ(lines_of(ended.err).size(), 1U) << ended;
+        EXPECT_NE(ended.err.find(file), std::string::npos) << ended;
+    }
+}
+
 TEST_P(StatsTest, TraceThatIsLostIsToldAndChangesNoVerdict) {
     const Ended ended = run({"--trace", "/dev/full"}, "fail");
     EXPECT_EQ(ended.exit_code, 1) << ended;

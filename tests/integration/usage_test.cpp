@@ -1,6 +1,5 @@
 // What umbra says to its user before any guest runs: help, bad options, memory sizes, hosts without KVM.
 #include "tests/integration/child.hpp"
-#include "tests/integration/files.hpp"
 #include "tests/integration/host.hpp"
 
 #include <grp.h>
@@ -93,12 +92,6 @@ TEST(UsageTest, BadMemorySizesAreOneLine) {
         SCOPED_TRACE(size);
         expect_one_line(ended, 2);
     }
-}
-
-TEST(UsageTest, BadTraceFileIsOneLine) {
-    const TemporaryFolder folder;
-    for (const std::string& file : {folder.file("missing/trace"), folder.file("")})
-        expect_one_line(run_umbra({"run", "--trace", file, guest_file("hello")}), 2);
 }
 
 /// In the child: a file system of its own, in which /dev is empty. Needs rights, or a user namespace.

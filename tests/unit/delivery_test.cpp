@@ -327,7 +327,7 @@ TEST_F(DeliveryTest, DoubleFaults) {
     guest.map(TestGuest::interrupt_stack - 0x1000, 0);
     gate(14, interrupt_gate, sel::kernel_code, 1);
     EXPECT_EQ(arrives(Event::of({Vector::page_fault, 2, GuestVirt(1)})), df); // page fault, page fault
-    EXPECT_EQ(cpu.cr2, TestGuest::interrupt_stack - 8); // the first push
+    EXPECT_EQ(cpu.cr2, TestGuest::interrupt_stack - 8);                       // the first push
     gate(13, 0);
     EXPECT_EQ(arrives(Event::software(0, 2)), df); // benign, contributory, contributory
     EXPECT_EQ(last.nested().size(), 2U);

@@ -738,7 +738,7 @@ TEST_F(EmulatorTest, MoveToSegmentRegisters) {
     EXPECT_EQ(fault({0x8e, 0x13}), ss(sel::absent_data));
     guest.put<std::uint16_t>(TestGuest::data, 0);
     EXPECT_EQ(fault({0x41, 0x8e, 0xe0}), no_fault); // mov fs, r8w
-    (void)result_of<Raised>({0x8e, 0xc8}); // mov cs: #UD
+    (void)result_of<Raised>({0x8e, 0xc8});          // mov cs: #UD
 }
 
 TEST_F(EmulatorTest, PopSegmentRegisters) {

@@ -6,8 +6,8 @@
 // The UAPI macro puts an empty struct before the array; C gives that struct size 0, C++ size 1, which changes
 // the size of kvm_cpuid2 and kvm_msrs and with it their ioctl numbers.
 #undef __DECLARE_FLEX_ARRAY
-#define __DECLARE_FLEX_ARRAY(TYPE, NAME)                                                                     \
-    TYPE NAME[0] // NOLINT(bugprone-reserved-identifier): the header's name
+// NOLINTNEXTLINE(bugprone-reserved-identifier): it is the header's name for it
+#define __DECLARE_FLEX_ARRAY(TYPE, NAME) TYPE NAME[0]
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wpedantic"
