@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <exception>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -98,7 +99,11 @@ int launch(int argc, char** argv) {
     app.set_version_flag("--version", "umbra " UMBRA_VERSION);
     app.require_subcommand(1);
     app.failure_message([](const CLI::App* failed, const CLI::Error& error) {
-        return fmt::format("umbra: {} (see {} --help)\n", error.what(), failed->get_name());
+        const std::vector<std::string> unknown = failed->remaining();
+        const std::string what = error.get_name() == "RequiredError" && !unknown.empty()
+                                     ? fmt::format("'{}' is no subcommand", unknown.front())
+                                     : error.what();
+        return fmt::format("umbra: {} (see {} --help)\n", what, failed->get_name());
     });
     RunOptions run_options;
     const CLI::App* run = add_run(app, run_options);

@@ -67,9 +67,10 @@ LoadedKernel load(const RunOptions& options, std::span<const std::byte> kernel,
     }
 }
 
-bool wants_report(const Verdict& verdict) {
-    return verdict.kind == Verdict::Kind::triple_fault || verdict.kind == Verdict::Kind::stopped ||
-           verdict.kind == Verdict::Kind::host_failed;
+/// A guest that KVM shut down at ring 0 leaves no state: the vCPU has been reset.
+bool wants_report(const Verdict& verdict, EngineKind engine) {
+    return (verdict.kind == Verdict::Kind::triple_fault && engine == EngineKind::shadow) ||
+           verdict.kind == Verdict::Kind::stopped || verdict.kind == Verdict::Kind::host_failed;
 }
 
 std::string make_report(Engine& engine, const Machine& machine, const Symbols& symbols,
@@ -149,7 +150,7 @@ int run_command(const RunOptions& options) {
                 describe(verdict));
     if (!output.failure().empty())
         spdlog::warn("some of the guest's output was lost: {}", output.failure());
-    if (wants_report(verdict))
+    if (wants_report(verdict, options.engine))
         std::fputs(make_report(*engine, machine, Symbols::from_elf(kernel), verdict).c_str(), stderr);
     if (options.stats != StatsFormat::none) {
         const Stats stats = gather_stats(engine->log(), engine->mmu(), machine.platform().unclaimed(),
