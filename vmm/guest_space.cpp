@@ -3,15 +3,23 @@
 namespace umbra {
 namespace {
 
-/// Calls `piece(address, offset, size)` for each page-bounded piece of [at, at + size); stops at the first
-/// exception.
+/// How a piece is translated: walk_guest, which changes nothing, or translate, which is an access of the CPU.
+using Walker = GuestWalk (*)(const GuestMemory&, const GuestPaging&, GuestVirt, Access);
+
+/// Translates each page-bounded piece of [at, at + size) and calls `piece(bytes, offset, length)` for it: the
+/// host's bytes, none where it is not RAM, and its place in the whole. Stops at the first exception.
 template<class Piece>
-std::optional<Exception> for_each_piece(GuestVirt at, std::size_t size, Piece&& piece) {
+std::optional<Exception> for_each_piece(const GuestMemory& memory, const GuestPaging& paging, Walker walker,
+                                        GuestVirt at, std::size_t size, Access access, Piece&& piece) {
     for (std::size_t done = 0; done < size;) {
         const GuestVirt here = at + done;
         const std::size_t length = std::min<std::size_t>(size - done, page_size - here.page_offset());
-        if (auto exception = piece(here, done, length))
-            return exception;
+        if (!paging.format->canonical(here))
+            return Exception::general_protection();
+        const GuestWalk walk = walker(memory, paging, here, access);
+        if (walk.fault)
+            return Exception::page_fault(*walk.fault);
+        piece(memory.range(walk.address, length), done, length);
         done += length;
     }
     return std::nullopt;
@@ -20,69 +28,40 @@ std::optional<Exception> for_each_piece(GuestVirt at, std::size_t size, Piece&& 
 } // namespace
 
 std::optional<Exception> GuestSpace::read(GuestVirt at, std::span<std::byte> into, Access access) const {
-    return for_each_piece(
-        at, into.size(),
-        [&](GuestVirt here, std::size_t offset, std::size_t length) -> std::optional<Exception> {
-            if (!paging_.format->canonical(here))
-                return Exception::general_protection();
-            const GuestWalk walk = translate(*memory_, paging_, here, access);
-            if (walk.fault)
-                return Exception::page_fault(*walk.fault);
-            const auto bytes = memory_->range(walk.address, length);
-            if (bytes.empty())
-                std::memset(into.data() + offset, 0xff, length);
-            else
-                std::memcpy(into.data() + offset, bytes.data(), length);
-            return std::nullopt;
-        });
+    return for_each_piece(*memory_, paging_, translate, at, into.size(), access,
+                          [&](std::span<const std::byte> bytes, std::size_t offset, std::size_t length) {
+                              if (bytes.empty())
+                                  std::memset(into.data() + offset, 0xff, length);
+                              else
+                                  std::memcpy(into.data() + offset, bytes.data(), length);
+                          });
 }
 
 std::optional<Exception> GuestSpace::write(GuestVirt at, std::span<const std::byte> from,
                                            Access access) const {
     access.write = true;
-    const auto check = [&](GuestVirt here, std::size_t, std::size_t) -> std::optional<Exception> {
-        if (!paging_.format->canonical(here))
-            return Exception::general_protection();
-        if (const GuestWalk walk = walk_guest(*memory_, paging_, here, access); walk.fault)
-            return Exception::page_fault(*walk.fault);
-        return std::nullopt;
-    };
     // One page needs no rehearsal: its only piece either faults or is written whole.
-    const bool one_page = at.page_offset() + from.size() <= page_size;
-    if (!one_page) {
-        if (auto exception = for_each_piece(at, from.size(), check))
+    if (at.page_offset() + from.size() > page_size) {
+        const auto nothing = [](std::span<std::byte>, std::size_t, std::size_t) {};
+        if (auto exception = for_each_piece(*memory_, paging_, walk_guest, at, from.size(), access, nothing))
             return exception;
     }
-    return for_each_piece(
-        at, from.size(),
-        [&](GuestVirt here, std::size_t offset, std::size_t length) -> std::optional<Exception> {
-            if (!paging_.format->canonical(here))
-                return Exception::general_protection();
-            const GuestWalk walk = translate(*memory_, paging_, here, access);
-            if (walk.fault)
-                return Exception::page_fault(*walk.fault);
-            const auto bytes = memory_->range(walk.address, length);
-            if (!bytes.empty())
-                std::memcpy(bytes.data(), from.data() + offset, length);
-            return std::nullopt;
-        });
+    return for_each_piece(*memory_, paging_, translate, at, from.size(), access,
+                          [&](std::span<std::byte> bytes, std::size_t offset, std::size_t length) {
+                              if (!bytes.empty())
+                                  std::memcpy(bytes.data(), from.data() + offset, length);
+                          });
 }
 
 std::size_t GuestSpace::peek(GuestVirt at, std::span<std::byte> into) const {
     std::size_t got = 0;
-    (void)for_each_piece(
-        at, into.size(),
-        [&](GuestVirt here, std::size_t offset, std::size_t length) -> std::optional<Exception> {
-            if (!paging_.format->canonical(here))
-                return Exception::general_protection();
-            const GuestWalk walk = walk_guest(*memory_, paging_, here, Access{});
-            const auto bytes = walk.fault ? std::span<std::byte>{} : memory_->range(walk.address, length);
-            if (bytes.empty())
-                return Exception::general_protection();
-            std::memcpy(into.data() + offset, bytes.data(), length);
-            got = offset + length;
-            return std::nullopt;
-        });
+    const auto copy = [&](std::span<const std::byte> bytes, std::size_t offset, std::size_t length) {
+        if (bytes.empty() || got != offset) // what follows a gap is of no use
+            return;
+        std::memcpy(into.data() + offset, bytes.data(), length);
+        got += length;
+    };
+    (void)for_each_piece(*memory_, paging_, walk_guest, at, into.size(), Access{}, copy);
     return got;
 }
 
