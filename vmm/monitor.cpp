@@ -278,6 +278,8 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
     }
 
     const DescriptorTable gdtr = cpu_.gdtr;
+    cpu_.cr8 =
+        machine_.vcpu().cr8(); // the task priority, which the guest may also have set at its local APIC
     trap_.reason = TrapReason::instruction;
     trap_.action = TrapAction::emulate;
     const Emulation emulation = emulate(cpu_, space(), *this, &trap_.instruction);
@@ -355,14 +357,16 @@ Monitor::Step Monitor::deliver_event(const Event& event, TrapReason reason) {
     __builtin_unreachable();
 }
 
-/// Tells the machine of registers that it honours by itself: control-register bits, and what RDTSCP and RDPID
-/// read.
+/// Tells the machine of registers that it honours by itself: control-register bits, the task priority, and
+/// what RDTSCP and RDPID read.
 void Monitor::refresh_control() {
     if (cpu_.tsc_aux != machine_tsc_aux_) {
         machine_tsc_aux_ = cpu_.tsc_aux;
         (void)machine_.vcpu().write_msr(msr_tsc_aux,
                                         cpu_.tsc_aux); // fails only where CPUID does not offer it
     }
+    if (cpu_.cr8 != machine_.vcpu().cr8())
+        machine_.vcpu().set_cr8(cpu_.cr8);
     if (cpu_.cr0 == machine_cr0_ && cpu_.cr4 == machine_cr4_)
         return;
     machine_cr0_ = cpu_.cr0;

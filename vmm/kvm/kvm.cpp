@@ -201,8 +201,8 @@ void Vm::create_interrupt_controllers() {
     pit.flags = KVM_PIT_SPEAKER_DUMMY; // port 0x61 belongs to it: channel 2's gate and output
     must(file_, "KVM_CREATE_PIT2", KVM_CREATE_PIT2, &pit);
     // A PIT that makes up for lost ticks is let go of by a grace period of KVM's, 13 ms of waiting, most of
-    // what a small guest's run takes. It is waited for now, beside everything else, and not when the VM ends.
-    // All signals are for other threads.
+    // what a small guest's run takes. It is waited for now, beside what comes before the first run, and not
+    // when the VM ends. All signals are for other threads.
     sigset_t all, before;
     sigfillset(&all);
     (void)::pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -404,11 +404,6 @@ void Vcpu::set_cr3(MachineFrame root) {
 
 void Vcpu::set_cr8(std::uint64_t value) {
     run_->s.regs.sregs.cr8 = value;
-    dirty_system_registers();
-}
-
-void Vcpu::set_apic_base(std::uint64_t value) {
-    run_->s.regs.sregs.apic_base = value;
     dirty_system_registers();
 }
 

@@ -105,7 +105,6 @@ class Vcpu {
     void set_cr3(MachineFrame root);
     void set_cr8(std::uint64_t value);
     [[nodiscard]] std::uint64_t cr8() const;
-    void set_apic_base(std::uint64_t value);
 
     /// The whole state, to and from the machine: for an engine that runs the guest on the machine's own CPU.
     void store(const VirtualCpu& cpu);
