@@ -2,6 +2,7 @@
 
 #include "launcher/probe.hpp"
 #include "launcher/run.hpp"
+#include "vmm/cpu_model.hpp"
 #include "vmm/error.hpp"
 
 #include <CLI/CLI.hpp>
@@ -20,6 +21,7 @@ using umbra::EngineKind;
 using umbra::ExitCode;
 using umbra::RunOptions;
 using umbra::StatsFormat;
+using umbra::TlbBehaviour;
 
 constexpr const char* exit_codes = R"(Exit codes:
   0    passed: the guest wrote 0 to port 0xf4, powered off, or printed what --expect names
@@ -36,6 +38,58 @@ std::string seconds(const std::string& text) {
     if (CLI::detail::lexical_cast(text, value) && value >= 0.001 && value <= 1e9)
         return {};
     return fmt::format("'{}' is not a number of seconds from 0.001 to 1000000000", text);
+}
+
+/// How the guest's page tables are shadowed, and what is watched there.
+void add_shadow_options(CLI::App& run, RunOptions& options) {
+    constexpr const char* group = "Shadow paging";
+    run.add_option(
+           "--shadow-memory", options.shadow_memory,
+           "Memory for shadow tables at most, as for --memory; what is older is built again when it is "
+           "needed [a 32nd of the guest's]")
+        ->type_name("SIZE")
+        ->group(group);
+    run.add_option(
+           "--sync", options.sync,
+           "How shadow tables follow the guest's: compare after each flush, protect (trap its writes), "
+           "or auto: each table as it is cheaper")
+        ->check(CLI::IsMember({"auto", "compare", "protect"}))
+        ->capture_default_str()
+        ->type_name("HOW")
+        ->group(group);
+    run.add_option_function<std::string>(
+           "--sanitize", [&options](const std::string&) { options.sanitize_tlb = true; },
+           "tlb: report each use of a translation that the guest has changed and not invalidated; such a run "
+           "does not pass")
+        ->check(CLI::IsMember({"tlb"}))
+        ->type_name("WHAT")
+        ->group(group);
+    run.add_option_function<std::string>(
+           "--tlb",
+           [&options](const std::string& name) {
+               options.tlb = name == "stale" ? TlbBehaviour::stale : TlbBehaviour::eager;
+           },
+           "stale: keep old translations as long as a CPU may; eager: drop them at once")
+        ->check(CLI::IsMember({"stale", "eager"}))
+        ->type_name("HOW")
+        ->group(group);
+    const std::string about_protection =
+        "Report writes to live page tables by code that is not declared, or, with =refuse, answer them "
+        "with a page fault";
+    run.add_flag("--protect-page-tables", about_protection)
+        ->check(CLI::IsMember({"true", "report", "refuse"}).description(""))
+        ->each([&options](const std::string& how) {
+            options.protect_page_tables = how == "refuse" ? "refuse" : "report";
+        })
+        ->group(group);
+    run.add_option(
+           "--page-table-code", options.page_table_code,
+           "Code that may write to page tables, beside the kernel's section .page_table_code: FUNCTION "
+           "or START-END, hexadecimal; may be repeated")
+        ->type_name("CODE")
+        ->delimiter(',')
+        ->allow_extra_args(false)
+        ->group(group);
 }
 
 CLI::App* add_run(CLI::App& app, RunOptions& options) {
@@ -75,6 +129,11 @@ CLI::App* add_run(CLI::App& app, RunOptions& options) {
         ->each([&options](const std::string& format) {
             options.stats = format == "json" ? StatsFormat::json : StatsFormat::text;
         });
+    run->add_option(
+           "--cpu", options.cpu,
+           "Features that the guest's CPU shall have or not: +NAME and -NAME, separated by commas, of " +
+               umbra::cpu_feature_names())
+        ->type_name("FEATURES");
     run->add_option("--trace", options.trace, "Write every trap to a file, one line each")->type_name("FILE");
     run->add_option("--log-level", options.log_level, "How much umbra itself says, on standard error")
         ->check(CLI::IsMember({"debug", "info", "warning", "error", "off"}))
@@ -82,6 +141,7 @@ CLI::App* add_run(CLI::App& app, RunOptions& options) {
         ->type_name("LEVEL");
     run->add_flag("--qemu-exit", options.qemu_exit,
                   "Exit with (value << 1) | 1 for a value written to port 0xf4, as QEMU does");
+    add_shadow_options(*run, options);
     return run;
 }
 

@@ -1,6 +1,7 @@
 #include "launcher/run.hpp"
 
 #include "launcher/console.hpp"
+#include "vmm/guest_checks.hpp"
 #include "vmm/loader/memory_size.hpp"
 #include "vmm/machine.hpp"
 #include "vmm/monitor.hpp"
@@ -16,6 +17,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -27,12 +29,85 @@
 namespace umbra {
 namespace {
 
-/// Shadow tables for the worst case, a guest that maps its memory by 4 KB pages in kernel and user mode,
-/// several times over: address space, of which only what is used is ever committed.
-std::size_t pool_bytes(std::uint64_t memory_bytes) {
+/// Bytes for shadow tables. By default enough for the worst case, a guest that maps its memory by 4 KB pages
+/// in kernel and user mode, several times over: address space, of which only what is used is ever committed.
+std::size_t pool_bytes(const RunOptions& options, std::uint64_t memory_bytes) {
     constexpr std::uint64_t step = std::uint64_t{2} << 20, least = 8 * step;
     const std::uint64_t most = SwitcherRegion::max_debt(1) * page_size / step * step;
-    return std::clamp((memory_bytes / 64 + step - 1) / step * step, least, most);
+    if (options.shadow_memory.empty())
+        return std::clamp((memory_bytes / 64 + step - 1) / step * step, least, most);
+    // A table has a snapshot of the guest's beside it.
+    const std::uint64_t bytes = parse_memory_size(options.shadow_memory) / 2 / step * step;
+    if (bytes == 0)
+        throw StartupError(ExitCode::bad_usage, fmt::format("--shadow-memory must be at least {}M, not '{}'",
+                                                            2 * step >> 20, options.shadow_memory));
+    return std::min(bytes, most);
+}
+
+/// The code that --page-table-code names.
+CodeRange code_range(const std::string& text, const Symbols& symbols) {
+    if (const auto function = symbols.function(text))
+        return {function->start, function->start + function->size};
+    const char* const end = text.data() + text.size();
+    CodeRange range;
+    std::uint64_t first = 0, last = 0;
+    const auto skip = [end](const char* at) {
+        return end - at > 2 && at[0] == '0' && at[1] == 'x' ? at + 2 : at;
+    };
+    auto parsed = std::from_chars(skip(text.data()), end, first, 16);
+    if (parsed.ec == std::errc() && parsed.ptr != end && *parsed.ptr == '-') {
+        parsed = std::from_chars(skip(parsed.ptr + 1), end, last, 16);
+        range = {GuestVirt(first), GuestVirt(last)};
+    }
+    if (parsed.ec != std::errc() || parsed.ptr != end || last <= first)
+        throw StartupError(
+            ExitCode::bad_usage,
+            fmt::format("--page-table-code '{}' is neither a function of the kernel nor START-END", text));
+    return range;
+}
+
+CheckOptions check_options(const RunOptions& options, std::span<const std::byte> kernel,
+                           const Symbols& symbols) {
+    CheckOptions checks;
+    checks.sanitize_tlb = options.sanitize_tlb;
+    if (options.tlb != TlbBehaviour::natural)
+        checks.keep_stale = options.tlb == TlbBehaviour::stale;
+    checks.symbol = [&symbols](GuestVirt at) { return symbols.name(at); };
+    checks.report = [](const std::string& lines) { std::fputs(lines.c_str(), stderr); };
+    if (options.protect_page_tables.empty()) {
+        if (!options.page_table_code.empty())
+            throw StartupError(ExitCode::bad_usage, "--page-table-code needs --protect-page-tables");
+    } else {
+        constexpr const char* section = ".page_table_code";
+        checks.table_guard =
+            options.protect_page_tables == "refuse" ? TableGuard::refuse : TableGuard::report;
+        for (const std::string& text : options.page_table_code)
+            checks.table_code.push_back(code_range(text, symbols));
+        if (const auto declared = elf_code_section(kernel, section))
+            checks.table_code.push_back({declared->start, declared->start + declared->size});
+        if (checks.table_code.empty())
+            throw StartupError(
+                ExitCode::bad_usage,
+                fmt::format("--protect-page-tables: the kernel has no section {}, so name the code "
+                            "that may write to page tables by --page-table-code",
+                            section));
+    }
+    const bool any = checks.sanitize_tlb || checks.keep_stale || checks.table_guard != TableGuard::off;
+    if (any && options.engine == EngineKind::native)
+        throw StartupError(ExitCode::bad_usage, "--sanitize, --tlb and --protect-page-tables need the shadow "
+                                                "engine: the native one does not see page tables");
+    if (any)
+        checks.ticks_per_us = ticks_per_microsecond();
+    return checks;
+}
+
+MonitorOptions monitor_options(const RunOptions& options, GuestChecks& checks) {
+    MonitorOptions monitor;
+    if (options.sync != "auto")
+        monitor.sync = options.sync == "protect" ? Sync::protect : Sync::compare;
+    if (checks.watch_tables())
+        monitor.checks = &checks;
+    return monitor;
 }
 
 std::string command_line(const RunOptions& options) {
@@ -92,8 +167,8 @@ std::string make_report(Engine& engine, const Machine& machine, const Symbols& s
 }
 
 int process_exit_code(const RunOptions& options, const Verdict& verdict) {
-    const bool debug_exit = verdict.kind == Verdict::Kind::failed ||
-                            (verdict.kind == Verdict::Kind::passed && verdict.reason.empty());
+    const bool debug_exit = verdict.reason.empty() &&
+                            (verdict.kind == Verdict::Kind::failed || verdict.kind == Verdict::Kind::passed);
     if (options.qemu_exit && debug_exit)
         return static_cast<int>((verdict.code << 1 | 1) & 0xff);
     return static_cast<int>(exit_code(verdict));
@@ -110,19 +185,28 @@ int run_command(const RunOptions& options) {
     const int serial_fd = options.serial == "stdio" ? STDOUT_FILENO : serial_file.get();
 
     const bool shadow = options.engine == EngineKind::shadow;
+    const CpuChoice cpu = options.cpu.empty() ? CpuChoice() : CpuChoice::parse(options.cpu);
     const Kvm kvm;
     RunControl control;
     GuestOutput output(serial_fd, options.expect, control);
     Machine machine(kvm, {.memory_bytes = memory_bytes,
-                          .pool_bytes = shadow ? pool_bytes(memory_bytes) : 0,
+                          .pool_bytes = shadow ? pool_bytes(options, memory_bytes) : 0,
+                          .cpu = cpu,
                           .serial_output = output.sink(),
                           .debug_output = output.sink()});
     const LoadedKernel kernel_image = load(options, kernel, initrd, machine.memory());
     const VirtualCpu boot = boot_cpu(kernel_image);
     // After the machine was made: KVM is still busy with its timer then (Vm::create_interrupt_controllers).
     const HostTraits traits = shadow ? probe_traits(kvm) : HostTraits{};
+    if (shadow && !traits.cpuid_intercepted && !cpu.none())
+        spdlog::warn(
+            "this host does not intercept CPUID: the guest sees the host's features; --cpu only decides "
+            "which of them work");
+    const Symbols symbols = Symbols::from_elf(kernel);
+    GuestChecks checks(check_options(options, kernel, symbols), machine.memory());
     const std::unique_ptr<Engine> engine =
-        shadow ? std::unique_ptr<Engine>(std::make_unique<Monitor>(machine, traits, boot))
+        shadow ? std::unique_ptr<Engine>(
+                     std::make_unique<Monitor>(machine, traits, boot, monitor_options(options, checks)))
                : std::make_unique<NativeEngine>(machine, boot);
     if (!options.trace.empty())
         engine->log().trace_to(options.trace);
@@ -139,10 +223,10 @@ int run_command(const RunOptions& options) {
     const auto timeout =
         options.timeout ? std::optional(std::chrono::duration<double>(*options.timeout)) : std::nullopt;
     const auto start = std::chrono::steady_clock::now();
-    const Verdict verdict = [&] {
+    const Verdict verdict = checks.judge([&] {
         const Attendant attendant(control, {.timeout = timeout, .input = options.serial == "stdio"});
         return engine->run(control);
-    }();
+    }());
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     machine.platform().flush();
 
@@ -151,7 +235,7 @@ int run_command(const RunOptions& options) {
     if (!output.failure().empty())
         spdlog::warn("some of the guest's output was lost: {}", output.failure());
     if (wants_report(verdict, options.engine))
-        std::fputs(make_report(*engine, machine, Symbols::from_elf(kernel), verdict).c_str(), stderr);
+        std::fputs(make_report(*engine, machine, symbols, verdict).c_str(), stderr);
     if (options.stats != StatsFormat::none) {
         const Stats stats = gather_stats(engine->log(), engine->mmu(), machine.platform().unclaimed(),
                                          seconds.count(), ticks_per_microsecond());

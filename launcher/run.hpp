@@ -9,6 +9,7 @@ namespace umbra {
 
 enum class EngineKind { shadow, native };
 enum class StatsFormat { none, text, json };
+enum class TlbBehaviour { natural, stale, eager };
 
 struct RunOptions {
     std::string kernel;
@@ -19,8 +20,15 @@ struct RunOptions {
     std::string serial = "stdio";
     std::string trace;
     std::string expect;
+    std::string cpu;                ///< see CpuChoice::parse; empty: nothing chosen
     std::string log_level = "info"; ///< spdlog's name of one
     std::optional<double> timeout;  ///< seconds
+    std::string shadow_memory;      ///< as `memory`; empty: in proportion to it
+    std::string sync = "auto";      ///< auto, compare or protect
+    bool sanitize_tlb = false;
+    TlbBehaviour tlb = TlbBehaviour::natural;
+    std::string protect_page_tables;          ///< report or refuse; empty: neither
+    std::vector<std::string> page_table_code; ///< FUNCTION or START-END, hexadecimal
     EngineKind engine = EngineKind::shadow;
     StatsFormat stats = StatsFormat::none;
     bool qemu_exit = false;

@@ -3,36 +3,92 @@
 namespace umbra {
 namespace {
 
-/// Bits that must be zero in a present entry (Intel SDM vol. 3A, tables 4-15 to 4-20).
-std::uint64_t reserved_bits(const GuestPaging& paging, const Level& level, GuestEntry entry) {
-    std::uint64_t reserved = entry_bit::frame_mask & ~((std::uint64_t{1} << paging.physical_bits) - 1);
-    if (!paging.no_execute)
-        reserved |= entry_bit::no_execute;
-    if (level.number == 1 || !entry.has(entry_bit::page_size))
-        return reserved;
-    if (!level.may_be_leaf || (level.number == 3 && !paging.gigabyte_pages))
-        return reserved | entry_bit::page_size;
-    // A large page's address bits below its size, except bit 12, which is PAT.
-    return reserved | ((level.span() - 1) & entry_bit::frame_mask & ~page_size);
+template<class Raw>
+std::atomic_ref<Raw> entry_at(std::span<std::byte> bytes) {
+    return std::atomic_ref<Raw>(*reinterpret_cast<Raw*>(bytes.data()));
 }
 
-std::atomic_ref<std::uint64_t> entry_at(std::span<std::byte> bytes) {
-    return std::atomic_ref<std::uint64_t>(*reinterpret_cast<std::uint64_t*>(bytes.data()));
+/// The entry at `slot`, read once; outside RAM all ones.
+template<class Raw>
+GuestEntry load_entry(const GuestMemory& memory, GuestPhys slot) {
+    const auto bytes = memory.range(slot, sizeof(Raw));
+    return GuestEntry(bytes.empty() ? Raw(~Raw{0}) : entry_at<Raw>(bytes).load(std::memory_order_relaxed));
+}
+
+template<class Raw>
+bool exchange_entry(const GuestMemory& memory, GuestPhys slot, GuestEntry from, GuestEntry to) {
+    auto expected = static_cast<Raw>(from.raw());
+    const auto bytes = memory.range(slot, sizeof(Raw));
+    return entry_at<Raw>(bytes).compare_exchange_strong(expected, static_cast<Raw>(to.raw()));
+}
+
+/// Whether PKRU keeps the access from a user-mode address with this key (Intel SDM vol. 3A, 4.6.2).
+bool key_denies(const GuestPaging& paging, std::uint8_t key, Access access) {
+    const std::uint32_t rights = paging.pkru >> (2 * key);
+    const bool access_disable = (rights & 1) != 0, write_disable = (rights & 2) != 0;
+    return !access.fetch &&
+           (access_disable || (write_disable && access.write && (access.user || paging.write_protect)));
+}
+
+/// Whether the rights of a complete walk keep the access out (Intel SDM vol. 3A, 4.6.1), keys aside.
+bool rights_deny(const GuestPaging& paging, const GuestWalk& walk, Access access) {
+    if (access.write && !walk.writable && (access.user || paging.write_protect))
+        return true;
+    if (access.fetch && walk.no_execute)
+        return true;
+    if (access.user)
+        return !walk.user;
+    return walk.user && (access.fetch ? paging.smep : paging.smap && !access.ac);
+}
+
+/// What no entry may have set. Entries of 4 bytes have none of these bits.
+std::uint64_t reserved_everywhere(const GuestPaging& paging) {
+    return (entry_bit::frame_mask & ~((std::uint64_t{1} << paging.physical_bits) - 1)) |
+           (paging.no_execute ? 0 : entry_bit::no_execute);
 }
 
 } // namespace
 
+std::uint64_t reserved_bits(const GuestPaging& paging, const Level& level, GuestEntry entry) {
+    std::uint64_t reserved = level.reserved | reserved_everywhere(paging);
+    if (level.number == 1 || !level.may_be_leaf || !entry.has(entry_bit::page_size))
+        return reserved;
+    if (level.number == 3 && !paging.gigabyte_pages)
+        return reserved | entry_bit::page_size;
+    // A large page's address bits below its size, except bit 12, which is PAT, and those of PSE-36.
+    std::uint64_t unused = (level.span() - 1) & entry_bit::frame_mask & ~page_size;
+    if (level.pse_36)
+        unused &= ~(((std::uint64_t{1} << (std::clamp(paging.physical_bits, 32U, 40U) - 32)) - 1) << 13);
+    return reserved | unused;
+}
+
+std::optional<std::array<std::uint64_t, 4>> load_pdptes(const GuestMemory& memory, std::uint64_t cr3,
+                                                        unsigned physical_bits) {
+    GuestPaging paging;
+    paging.physical_bits = physical_bits;
+    const GuestPhys pdpt(cr3 & 0xffff'ffe0);
+    std::array<std::uint64_t, 4> pdptes{};
+    for (std::size_t i = 0; i < pdptes.size(); ++i) {
+        const auto entry = load_entry<std::uint64_t>(memory, pdpt + i * sizeof(std::uint64_t));
+        if (entry.present() && (entry.raw() & reserved_bits(paging, paging_pae.root(), entry)) != 0)
+            return std::nullopt;
+        pdptes.at(i) = entry.raw();
+    }
+    return pdptes;
+}
+
 GuestWalk walk_guest(const GuestMemory& memory, const GuestPaging& paging, GuestVirt at, Access access) {
     GuestWalk result;
     result.user = result.writable = true;
+    const PagingFormat& format = *paging.format;
+    if (format.levels.empty()) {
+        result.address = GuestPhys(at.value());
+        return result;
+    }
+    const bool no_execute = paging.no_execute && format.root().entry_bytes == sizeof(std::uint64_t);
     std::uint32_t code = (access.write ? PageFault::write : 0) | (access.user ? PageFault::user : 0) |
-                         (access.fetch && (paging.no_execute || paging.smep) ? PageFault::fetch : 0);
+                         (access.fetch && (no_execute || paging.smep) ? PageFault::fetch : 0);
 
-    const auto read = [&memory](GuestPhys slot) {
-        const auto bytes = memory.range(slot, sizeof(std::uint64_t));
-        return GuestEntry(bytes.empty() ? ~std::uint64_t{0}
-                                        : entry_at(bytes).load(std::memory_order_relaxed));
-    };
     const auto visit = [&](const WalkStep<GuestPhysSpace>& step) {
         const GuestEntry entry = step.entry;
         result.steps[result.depth++] = {step.level, step.slot, entry};
@@ -44,24 +100,48 @@ GuestWalk walk_guest(const GuestMemory& memory, const GuestPaging& paging, Guest
             result.fault = PageFault{at, code | PageFault::present | PageFault::reserved};
             return WalkNext::stop;
         }
+        if (step.level->in_registers)
+            return WalkNext::descend;
         result.user &= entry.user();
         result.writable &= entry.writable();
         result.no_execute |= entry.no_execute();
         return WalkNext::descend;
     };
-    if (!walk(*paging.format, paging.root, at, at, read, visit))
+    const auto read_8 = [&memory](const Level&, GuestPhys slot) {
+        return load_entry<std::uint64_t>(memory, slot);
+    };
+    const auto read_4 = [&memory](const Level&, GuestPhys slot) {
+        return load_entry<std::uint32_t>(memory, slot);
+    };
+    bool complete = false;
+    if (format.root().in_registers) { // a step of its own: no table is read
+        const unsigned index = format.root().index(at);
+        const GuestEntry pdpte(paging.pdptes[index]);
+        const GuestPhys slot = paging.pdpt + index * sizeof(std::uint64_t);
+        complete = visit({&format.root(), slot, pdpte, at}) == WalkNext::descend &&
+                   walk(format, pdpte.table(), at, at, read_8, visit, 1);
+    } else if (format.root().entry_bytes == sizeof(std::uint32_t)) {
+        complete = walk(format, paging.root, at, at, read_4, visit);
+    } else {
+        complete = walk(format, paging.root, at, at, read_8, visit);
+    }
+    if (!complete)
         return result;
 
-    // Access rights: Intel SDM vol. 3A, 4.6.1.
-    const bool denied = (access.user && !result.user) ||
-                        (access.write && !result.writable && (access.user || paging.write_protect)) ||
-                        (access.fetch && result.no_execute) ||
-                        (access.fetch && !access.user && paging.smep && result.user);
+    const GuestWalk::Step& leaf = result.leaf();
+    result.global = paging.global_pages && leaf.entry.has(entry_bit::global);
+    bool denied = rights_deny(paging, result, access);
+    if (paging.protection_keys && format.long_mode()) {
+        result.key = leaf.entry.key();
+        if (result.user && key_denies(paging, result.key, access)) {
+            denied = true;
+            code |= PageFault::protection_key; // whatever else denies it (4.7)
+        }
+    }
     if (denied) {
         result.fault = PageFault{at, code | PageFault::present};
         return result;
     }
-    const GuestWalk::Step& leaf = result.leaf();
     result.address = leaf.entry.page(*leaf.level).base() + (at.value() & (leaf.level->span() - 1));
     return result;
 }
@@ -72,11 +152,11 @@ bool set_accessed_dirty(const GuestMemory& memory, GuestWalk& walk, bool write) 
         const bool leaf = i + 1 == walk.depth;
         const GuestEntry wanted =
             step.entry.with(entry_bit::accessed | (leaf && write ? entry_bit::dirty : std::uint64_t{0}));
-        if (wanted == step.entry)
+        if (wanted == step.entry || step.level->in_registers)
             continue;
-        std::uint64_t expected = step.entry.raw();
-        const auto bytes = memory.range(step.slot, sizeof(expected));
-        if (!entry_at(bytes).compare_exchange_strong(expected, wanted.raw()))
+        if (!(step.level->entry_bytes == sizeof(std::uint64_t)
+                  ? exchange_entry<std::uint64_t>(memory, step.slot, step.entry, wanted)
+                  : exchange_entry<std::uint32_t>(memory, step.slot, step.entry, wanted)))
             return false;
         step.entry = wanted;
     }

@@ -1,508 +1,297 @@
 #include "shadow/mmu.hpp"
 
-#include <cstring>
-
-#include <fmt/format.h>
-
 namespace umbra {
-namespace {
 
-/// What every present shadow entry has. U/S: guest code of any virtual privilege runs at CPL 3. Accessed and
-/// dirty are set beforehand, so that neither the CPU nor a KVM that shadows these tables in turn has a reason
-/// to write to them.
-constexpr std::uint64_t base_rights =
-    entry_bit::present | entry_bit::user | entry_bit::accessed | entry_bit::dirty;
-constexpr std::uint64_t all_rights = base_rights | entry_bit::writable;
-
-/// Whether the CPU itself may have turned `before` into `now`: accessed or dirty was set, nothing else.
-bool only_marked(GuestEntry before, GuestEntry now) {
-    constexpr std::uint64_t marks = entry_bit::accessed | entry_bit::dirty;
-    return ((before.raw() ^ now.raw()) & ~marks) == 0 && (before.raw() & ~now.raw()) == 0;
+Mmu::Mmu(ShadowTables& tables, unsigned number)
+    : tables_(tables), number_(number), ledger_(tables.pool().capacity()) {
+    const auto editing = tables_.edit();
+    tables_.ledgers_.push_back(&ledger_);
 }
 
-/// Whether `now` is the same leaf with more rights. A fault on the old one makes any CPU, and any KVM, look
-/// again.
-bool is_upgrade(ShadowEntry before, ShadowEntry now) {
-    const std::uint64_t gained = now.raw() & ~before.raw();
-    const std::uint64_t lost = before.raw() & ~now.raw();
-    return (gained & ~entry_bit::writable) == 0 && (lost & ~entry_bit::no_execute) == 0;
+Mmu::~Mmu() {
+    const auto editing = tables_.edit();
+    for (auto& current : current_)
+        pin(current, std::nullopt);
+    std::erase(tables_.ledgers_, &ledger_);
+    ledger_.debt.paid(); // the vCPU does not run again
 }
 
-GuestEntry load_entry(std::span<const std::byte> table, unsigned slot) {
-    // The guest may write at the same time: one load, and the copy is what counts.
-    auto* raw = reinterpret_cast<std::uint64_t*>(const_cast<std::byte*>(table.data())) + slot;
-    return GuestEntry(std::atomic_ref<std::uint64_t>(*raw).load(std::memory_order_relaxed));
+/// A vCPU whose thread works on the tables is not in the guest.
+ShadowTables::Editing Mmu::edit() {
+    left();
+    return tables_.edit();
 }
-
-void store_entry(ShadowEntry& entry, ShadowEntry value) {
-    static_assert(std::atomic_ref<ShadowEntry>::is_always_lock_free);
-    std::atomic_ref<ShadowEntry>(entry).store(value, std::memory_order_release);
-}
-
-} // namespace
-
-std::size_t TableKeyHash::operator()(const TableKey& key) const noexcept {
-    const Role& role = key.role;
-    const std::uint64_t bits = std::uint64_t{key.level} | std::uint64_t{role.user} << 3 |
-                               std::uint64_t{role.write_protect} << 4 | std::uint64_t{role.no_execute} << 5 |
-                               std::uint64_t{role.user_pages_nx} << 6 | std::uint64_t{role.user_path} << 7 |
-                               std::uint64_t{role.direct} << 8;
-    return static_cast<std::size_t>((key.frame.number() << 9 | bits) * 0x9e37'79b9'7f4a'7c15U >> 16);
-}
-
-Mmu::Mmu(const GuestMemory& memory, TablePool& pool, MmuConfig config, ShadowEntry switcher)
-    : memory_(memory), pool_(pool), config_(std::move(config)), switcher_(switcher),
-      slot_(config_.first_slot), tables_(pool.capacity()),
-      snapshots_(std::make_unique_for_overwrite<std::uint64_t[]>(pool.capacity() * entries_per_table)) {}
 
 Role Mmu::role(bool user) const {
-    return Role{.user = user,
-                .write_protect = user || paging_.write_protect,
-                .no_execute = paging_.no_execute,
-                .user_pages_nx = !user && (paging_.smep || trap_user_fetch_)};
+    Role role;
+    role.mode = guest_mode(*paging_.format);
+    if (role.mode == GuestMode::off)
+        return role;
+    role.user = user;
+    role.write_protect = user || paging_.write_protect;
+    role.no_execute = paging_.no_execute;
+    role.large_pages = role.mode != GuestMode::bits_32 || paging_.format->root().may_be_leaf;
+    role.user_pages_nx = !user && (paging_.smep || trap_user_fetch_);
+    role.user_pages_hidden = !user && paging_.smap && !alignment_check_;
+    return role;
 }
 
-// --- Tables
-
-std::optional<TableIndex> Mmu::allocate() {
-    if (auto page = pool_.allocate())
-        return page;
-    for (const TableIndex candidate : idle_) { // least recently used first
-        if (candidate == current_[0] || candidate == current_[1])
-            continue;
-        destroy(candidate);
-        ++counters_.tables_recycled;
-        return pool_.allocate();
-    }
-    return std::nullopt;
+TableKey Mmu::root_key(bool user) const {
+    const Role wanted = role(user);
+    GuestPhys origin = paging_.root.base();
+    if (wanted.mode == GuestMode::off)
+        origin = GuestPhys(0);
+    if (wanted.mode == GuestMode::pae)
+        origin = GuestPhys(number_);
+    return {origin, paging_4_level.root().number, wanted};
 }
 
-/// The table for `key`, from the cache or new; it and all below it are in step with the guest's as of now:
-/// INVLPG has not reached what the current roots did not refer to. Nothing when the pool is exhausted and
-/// every table is in use.
-std::optional<TableIndex> Mmu::obtain(const TableKey& key) {
-    if (const auto found = by_key_.find(key); found != by_key_.end()) {
-        const TableIndex index = found->second;
-        if (table(index).uses == 0) {
-            ++counters_.tables_reused;
-            idle_.splice(idle_.end(), idle_, table(index).idle); // now the most recently used
-        }
-        compare_tree(index);
-        return index;
-    }
-    const auto index = allocate();
-    if (!index)
-        return std::nullopt;
-    ++counters_.tables_built;
-    by_key_.emplace(key, *index);
-    Table& made = table(*index);
-    made.key = key;
-    made.live = true;
-    made.epoch = epoch_;
-    made.idle = idle_.insert(idle_.end(), *index);
-    if (key.level == paging_4_level.root().number)
-        store_entry(pool_.entries(*index)[slot_], switcher_);
-    if (const auto guest = memory_.range(key.frame.base(), page_size); !key.role.direct && !guest.empty()) {
-        for (unsigned i = 0; i < entries_per_table; ++i)
-            snapshot(*index)[i] = load_entry(guest, i);
-    }
-    return index;
-}
-
-/// The table for `key` that entry `slot` of table `parent` refers to, or is to refer to.
-std::optional<TableIndex> Mmu::child_table(TableIndex parent, unsigned slot, const TableKey& key) {
-    const ShadowEntry entry = pool_.entries(parent)[slot];
-    if (entry.present() && !is_leaf(table(parent), entry)) {
-        if (const auto linked = pool_.page_of(entry.table()); linked && table(*linked).key == key)
-            return linked;
-    }
-    return obtain(key);
-}
-
-/// Returns an idle table's page to the pool. The tables that are idle without it are the next to go.
-void Mmu::destroy(TableIndex index) {
-    Table& dead = table(index);
-    for (const ShadowEntry entry : pool_.entries(index)) {
-        if (entry.present() && !is_leaf(dead, entry))
-            drop_reference(entry, idle_.begin());
-    }
-    by_key_.erase(dead.key);
-    idle_.erase(dead.idle);
-    dead.live = false;
-    debt_.root_gone |= dead.key.level == paging_4_level.root().number;
-    pool_.release(index);
-    owe(index); // the page may serve again before the machine has forgotten what it held
-}
-
-/// `place`: where in idle_ the table goes if this was the last reference.
-void Mmu::drop_reference(ShadowEntry entry, std::list<TableIndex>::iterator place) {
-    const auto child = pool_.page_of(entry.table());
-    if (!child) // the switcher's
+void Mmu::set_paging(const GuestPaging& paging) {
+    const bool other_space = paging.root != paging_.root || paging.pcid != paging_.pcid;
+    paging_ = paging;
+    if (!other_space)
         return;
-    Table& orphan = table(*child);
-    if (--orphan.uses == 0)
-        orphan.idle = idle_.insert(place, *child);
+    const auto editing = edit();
+    // Tables that both spaces share may hold what the old one has used since the new one was left. No CPU
+    // caches that for the new one, whether or not the switch flushes.
+    required_ = ++tables_.epoch_;
+    if (sanitizer_ != nullptr)
+        tables_.forget_entries(); // what both share would serve the new one unseen
 }
 
-/// The one place where an entry of a shadow table changes.
-void Mmu::set_entry(TableIndex index, unsigned slot, ShadowEntry value) {
-    ShadowEntry& entry = pool_.entries(index)[slot];
-    const ShadowEntry old = entry;
-    if (old == value)
-        return;
-    const Table& parent = table(index);
-    const bool leaf = value.present() && is_leaf(parent, value);
-    if (value.present() && !leaf) {
-        if (const auto page = pool_.page_of(value.table()); page && table(*page).uses++ == 0)
-            idle_.erase(table(*page).idle);
+void Mmu::sanitize(TlbSanitizer& sanitizer, TlbPolicy policy,
+                   std::function<void(const StaleUse&)> stale_use) {
+    sanitizer_ = &sanitizer;
+    policy_ = policy;
+    stale_use_ = std::move(stale_use);
+}
+
+/// Makes `root` the current one, which is not recycled.
+void Mmu::pin(std::optional<TableIndex>& current, std::optional<TableIndex> root) {
+    if (resets_ != tables_.resets_) { // pins went with the tables
+        current_ = {};
+        resets_ = tables_.resets_;
     }
-    store_entry(entry, value);
-    if (!old.present())
-        return; // nobody caches an absence
-    const bool was_leaf = is_leaf(parent, old);
-    if (!was_leaf)
-        drop_reference(old, idle_.end());
-    if (leaf && was_leaf && is_upgrade(old, value)) {
-        ++counters_.upgrades;
-        return;
-    }
-    owe(index);
-}
-
-void Mmu::owe(TableIndex index) {
-    debt_.flush = true;
-    if (config_.stores_seen || table(index).owed)
-        return;
-    table(index).owed = true;
-    debt_.tables.push_back(index);
-}
-
-void Mmu::debt_paid() {
-    for (const TableIndex index : debt_.tables)
-        table(index).owed = false;
-    debt_.tables.clear();
-    debt_.flush = debt_.root_gone = false;
-}
-
-void Mmu::reset() {
-    current_ = {};
-    by_key_.clear();
-    idle_.clear();
-    for (std::size_t i = 0; i < tables_.size(); ++i) {
-        Table& dead = tables_[i];
-        if (!dead.live)
-            continue;
-        dead.live = false;
-        dead.uses = 0;
-        pool_.release(static_cast<TableIndex>(i));
-        owe(static_cast<TableIndex>(i));
-    }
-    debt_.root_gone = true;
-}
-
-// --- Keeping up with the guest
-
-void Mmu::flush() {
-    ++counters_.flushes;
-    flushed_ = ++epoch_; // every table is compared again before it is next relied on
-}
-
-/// Drops the shadow entry if the guest's entry is no longer what it was made from. True if it was dropped.
-bool Mmu::compare_entry(TableIndex index, unsigned slot, GuestEntry now) {
-    GuestEntry& before = snapshot(index)[slot];
-    if (before == now)
-        return false;
-    const bool keep = only_marked(before, now);
-    before = now;
-    if (keep || !pool_.entries(index)[slot].present())
-        return false;
-    if (table(index).key.level == paging_4_level.root().number && slot == slot_)
-        return false; // the switcher's entry was not made from the guest's
-    set_entry(index, slot, ShadowEntry());
-    ++counters_.entries_dropped;
-    return true;
-}
-
-void Mmu::compare(TableIndex index) {
-    Table& subject = table(index);
-    subject.epoch = epoch_;
-    if (subject.key.role.direct)
-        return; // made from the large page's entry, which is compared where it stands
-    const auto guest = memory_.range(subject.key.frame.base(), page_size);
-    if (guest.empty())
-        return;
-    ++counters_.tables_compared;
-    if (std::memcmp(guest.data(), snapshot(index).data(), page_size) == 0)
-        return;
-    ++counters_.tables_changed;
-    for (unsigned slot = 0; slot < entries_per_table; ++slot)
-        compare_entry(index, slot, load_entry(guest, slot));
-}
-
-/// Brings `index` and all tables below it in step with the guest's. No table is behind one that refers to it.
-void Mmu::compare_tree(TableIndex index) {
-    if (table(index).epoch == epoch_)
-        return;
-    compare(index);
-    if (table(index).key.level == 1)
-        return;
-    for (const ShadowEntry entry : pool_.entries(index)) {
-        if (!entry.present() || is_leaf(table(index), entry))
-            continue;
-        if (const auto child = pool_.page_of(entry.table()))
-            compare_tree(*child);
-    }
-}
-
-void Mmu::invalidate(GuestVirt at) {
-    ++counters_.invalidations;
-    ++epoch_; // what the current roots do not refer to now is compared before they do
-    for (const auto& root : current_) {
-        if (!root)
-            continue;
-        const auto visit = [&](const WalkStep<MachinePhysSpace>& step) {
-            const auto index = pool_.page_of(step.slot.frame());
-            if (!index || !step.entry.present())
-                return WalkNext::stop;
-            const unsigned slot = step.level->index(at);
-            const auto guest = memory_.range(table(*index).key.frame.base(), page_size);
-            if (!table(*index).key.role.direct && !guest.empty() &&
-                compare_entry(*index, slot, load_entry(guest, slot)))
-                return WalkNext::stop;
-            return WalkNext::descend;
-        };
-        const auto read = [this](MachinePhys slot) {
-            return pool_.entries(*pool_.page_of(slot.frame()))[slot.page_offset() / sizeof(ShadowEntry)];
-        };
-        if (paging_4_level.root().index(at) != slot_)
-            walk(paging_4_level, pool_.frame(*root), at, at, read, visit);
-    }
+    if (current)
+        --tables_.table(*current).pins;
+    current = root;
+    if (current)
+        ++tables_.table(*current).pins;
 }
 
 TableIndex Mmu::root_table(bool user) {
-    const TableKey key{paging_.root, paging_4_level.root().number, role(user)};
+    const TableKey key = root_key(user);
     auto& current = current_[user ? 1 : 0];
-    if (current && table(*current).key == key && table(*current).epoch >= flushed_)
-        return *current; // INVLPG has reached it
-    current.reset();
-    auto index = obtain(key);
-    if (!index) { // every page is below the other root
-        reset();
-        index = obtain(key);
+    const bool valid = current && resets_ == tables_.resets_;
+    if (!valid || tables_.table(*current).key != key || tables_.table(*current).epoch < required_) {
+        pin(current, std::nullopt);
+        // INVLPG has not reached roots that were not current.
+        auto root = tables_.root(key, std::max(required_, invalidated_));
+        if (!root) { // every page is below the other root
+            tables_.reset();
+            root = tables_.root(key, required_);
+        }
+        pin(current, root);
     }
-    current = index;
-    return *index;
+    if (key.role.mode == GuestMode::pae)
+        tables_.set_registers(*current, paging_.pdptes);
+    return *current;
 }
 
-MachineFrame Mmu::root(bool user) {
-    return pool_.frame(root_table(user));
+MachineState Mmu::enter(bool user) {
+    const auto editing = edit();
+    MachineState state;
+    if (!std::exchange(just_exposed_, false)) {
+        for (const GuestVirt at : exposed_)
+            hide_exposed(at);
+        exposed_.clear();
+    }
+    state.root = tables_.pool_.frame(root_table(user));
+    state.reserved_slot = tables_.slot_;
+    state.debt = std::move(ledger_.debt);
+    for (const TableIndex index : state.debt.tables)
+        ledger_.owed[TablePool::number(index)] = false;
+    ledger_.in_guest = true;
+    return state;
 }
 
-// --- Filling
-
-/// The isolation boundary: no other frame number than what this returns ever enters a leaf.
-MachineFrame Mmu::machine_frame(GuestFrame frame) const {
-    if (memory_.contains(frame.base(), page_size))
-        return MachineFrame(frame.number());
-    for (const DeviceWindow& window : config_.devices) {
-        if (frame - window.first < window.count)
-            return MachineFrame(frame.number());
-    }
-    return config_.nothing;
+void Mmu::left() {
+    ledger_.in_guest = false;
+    ledger_.in_guest.notify_all();
 }
 
 MissResult Mmu::fault(GuestVirt at, Access access) {
-    const GuestWalk walk = translate(memory_, paging_, at, access);
+    const auto editing = edit();
+    const std::optional<GuestWalk> stale = sanitizer_ != nullptr ? stale_walk(at, access) : std::nullopt;
+    const GuestWalk walk = stale ? *stale : translate(tables_.memory_, paging_, at, access);
+    tables_.marked(walk);
     if (walk.fault) {
-        ++counters_.guest_faults;
+        if (sanitizer_ != nullptr)
+            sanitizer_->faulted(at, paging_);
+        ++tables_.counters_.guest_faults;
         return {.outcome = Miss::guest_fault, .fault = *walk.fault};
     }
-    if (access.fetch && !access.user && walk.user && trap_user_fetch_) {
+    const bool kernel_fetches_user_page = access.fetch && !access.user && walk.user && walk.depth != 0;
+    if (kernel_fetches_user_page && trap_user_fetch_) {
         const std::uint32_t code = PageFault::present | PageFault::fetch;
         return {.outcome = Miss::guest_fault, .fault = {at, code}, .trapped_user_fetch = true};
     }
-    if (paging_4_level.root().index(at) == slot_ && !move_slot())
-        return {.outcome = Miss::no_slot, .fault = {}};
-    if (!install(walk, at, access.user)) {
-        reset(); // the pool is exhausted by the current address space alone: start it over
-        (void)install(walk, at, access.user);
+    if (paging_4_level.root().index(at) == tables_.slot_ && !tables_.move_slot(paging_))
+        return {.outcome = Miss::no_slot};
+    if (access.write && tables_.is_protected(MachineFrame(walk.address.frame().number()))) {
+        ShadowTables::GuestTable& page = tables_.guest_tables_.at(walk.address.frame());
+        const bool watched = tables_.config_.sync == Sync::trap;
+        if (watched && tables_.is_live(page))
+            return {.outcome = Miss::table_write, .address = walk.address};
+        watched ? tables_.give_up(page) : tables_.unprotect(page);
     }
-    ++counters_.fills;
-    return {.outcome = Miss::filled, .fault = {}};
+    if (sanitizer_ != nullptr && !stale)
+        sanitizer_->used(at, walk, paging_);
+    fill(walk, at, access.user, stale ? ShadowTables::Remember::no : ShadowTables::Remember::yes);
+    if (kernel_fetches_user_page && role(false).user_pages_hidden) {
+        exposed_.push_back(at);
+        just_exposed_ = true;
+    }
+    return {.outcome = Miss::filled};
 }
 
-/// Makes the shadow tables translate `at` as `walk` did. False if the pool is exhausted; what was made so far
-/// stays.
-bool Mmu::install(const GuestWalk& walk, GuestVirt at, bool user) {
-    TableIndex index = root_table(user);
-    for (const GuestWalk::Step& step : walk.visited()) {
-        const Role role = table(index).key.role;
-        const unsigned slot = step.level->index(at);
-        std::uint64_t rights = base_rights;
-        if (step.entry.writable() || !role.write_protect)
-            rights |= entry_bit::writable;
-        if (step.entry.no_execute())
-            rights |= entry_bit::no_execute;
-        snapshot(index)[slot] = step.entry;
-
-        if (step.entry.leaf(*step.level)) {
-            if (!step.entry.dirty()) // the first write must fault, so that dirty is set when a CPU would
-                rights &= ~entry_bit::writable;
-            if (role.user_pages_nx && role.user_path && step.entry.user())
-                rights |= entry_bit::no_execute;
-            return install_leaf(index, step, at, rights);
-        }
-        TableKey key{step.entry.table(), step.level->number - 1, role};
-        key.role.user_path = role.user_path && step.entry.user();
-        const auto next = child_table(index, slot, key);
-        if (!next)
-            return false;
-        set_entry(index, slot, ShadowEntry(pool_.frame(*next), rights));
-        index = *next;
-    }
-    return true;
-}
-
-/// Maps the guest's page by an entry of its own size where the memory under it allows, in pieces elsewhere.
-bool Mmu::install_leaf(TableIndex index, const GuestWalk::Step& leaf, GuestVirt at, std::uint64_t rights) {
-    GuestFrame frame = leaf.entry.page(*leaf.level); // first frame of what the entry of this level maps
-    for (unsigned number = leaf.level->number;; --number) {
-        const Level& level = paging_4_level.level(number);
+/// Takes back what was filled for a kernel's fetch of a user page that is hidden from it (Role).
+void Mmu::hide_exposed(GuestVirt at) {
+    if (resets_ != tables_.resets_ || !current_[0])
+        return;
+    TableIndex index = *current_[0];
+    for (const Level& level : paging_4_level.levels) {
         const unsigned slot = level.index(at);
-        if (number == 1) {
-            set_entry(index, slot, ShadowEntry(machine_frame(frame), rights));
-            return true;
+        const ShadowEntry entry = tables_.pool_.entries(index)[slot];
+        if (!entry.present() || tables_.is_switcher(tables_.table(index), slot))
+            return;
+        const auto next = entry.leaf(level) ? std::nullopt : tables_.pool_.page_of(entry.table());
+        if (!next || tables_.table(*next).key.role.direct) {
+            tables_.drop_entry(index, slot);
+            return;
         }
-        if (memory_.contains(frame.base(), level.span()) && (number < 3 || config_.gigabyte_pages)) {
-            set_entry(index, slot, ShadowEntry(MachineFrame(frame.number()), rights | entry_bit::page_size));
-            return true;
-        }
-        const auto next = child_table(index, slot, {frame, number - 1, Role{.direct = true}});
-        if (!next)
-            return false;
-        set_entry(index, slot, ShadowEntry(pool_.frame(*next), rights));
         index = *next;
-        rights = all_rights;
-        const Level& below = paging_4_level.level(number - 1);
-        frame = frame + (below.index(at) * below.span() >> page_shift);
     }
 }
 
-/// A top-level slot that neither the guest's root nor any known one uses.
-std::optional<unsigned> Mmu::free_slot() const {
-    std::vector<bool> free = config_.usable_slots;
-    free[slot_] = false;
-    const auto exclude = [&](GuestFrame root) {
-        const auto guest = memory_.range(root.base(), page_size);
-        for (unsigned slot = 0; slot < entries_per_table && !guest.empty(); ++slot) {
-            if (load_entry(guest, slot).present())
-                free[slot] = false;
-        }
-    };
-    exclude(paging_.root);
-    for (std::size_t i = 0; i < tables_.size(); ++i) {
-        if (!tables_[i].live || tables_[i].key.level != paging_4_level.root().number)
-            continue;
-        exclude(tables_[i].key.frame);
-        for (unsigned slot = 0; slot < entries_per_table; ++slot) {
-            if (pool_.entries(static_cast<TableIndex>(i))[slot].present())
-                free[slot] = false;
-        }
-    }
-    const auto found =
-        std::find(free.rbegin(), free.rend(), true); // from the top: rarely used by small kernels
-    if (found == free.rend())
+/// What the CPU's TLB may still hold for this access, if that is not what the tables say and the policy is to
+/// go on using it.
+std::optional<GuestWalk> Mmu::stale_walk(GuestVirt at, Access access) {
+    const GuestWalk fresh = walk_guest(tables_.memory_, paging_, at, access);
+    std::optional<StaleUse> use = sanitizer_->check(at, access, fresh, paging_);
+    if (!use)
         return std::nullopt;
-    return static_cast<unsigned>(std::distance(found, free.rend()) - 1);
+    stale_use_(*use);
+    if (policy_ != TlbPolicy::keep)
+        return std::nullopt;
+    // What was read through a cached entry is marked as used; a cached translation is so already.
+    if (use->through_structure_cache && !set_accessed_dirty(tables_.memory_, use->before, access.write))
+        return std::nullopt;
+    return use->before;
 }
 
-/// The guest has begun to use the reserved slot: moves the switcher to another, in every root.
-bool Mmu::move_slot() {
-    auto target = free_slot();
-    if (!target) { // roots of other address spaces stand in the way, perhaps: without them it is this one's
-        reset();
-        target = free_slot();
+void Mmu::fill(const GuestWalk& walk, GuestVirt at, bool user, ShadowTables::Remember remember) {
+    ++tables_.counters_.fills;
+    ++tables_.clock_;
+    if (tables_.install(root_table(user), paging_, walk, at, remember))
+        return;
+    tables_.reset(); // the pool is exhausted by what this fill needs: start over
+    (void)tables_.install(root_table(user), paging_, walk, at, remember);
+}
+
+void Mmu::begin_table_write(GuestVirt at, Access access) {
+    const auto editing = edit();
+    const std::optional<GuestWalk> stale = sanitizer_ != nullptr ? stale_walk(at, access) : std::nullopt;
+    const GuestWalk walk = stale ? *stale : translate(tables_.memory_, paging_, at, access);
+    tables_.marked(walk);
+    if (walk.fault)
+        return;
+    const GuestFrame frame = walk.address.frame();
+    if (const auto found = tables_.guest_tables_.find(frame); found != tables_.guest_tables_.end()) {
+        ++tables_.counters_.table_writes;
+        found->second.open = true;
+        open_.push_back(frame);
     }
-    if (!target)
-        return false;
-    for (std::size_t i = 0; i < tables_.size(); ++i) {
-        if (!tables_[i].live || tables_[i].key.level != paging_4_level.root().number)
+    fill(walk, at, access.user, stale ? ShadowTables::Remember::no : ShadowTables::Remember::yes);
+}
+
+std::vector<TableWrite> Mmu::finish_table_write() {
+    const auto editing = edit();
+    std::vector<TableWrite> writes;
+    for (const GuestFrame frame : open_) {
+        const auto found = tables_.guest_tables_.find(frame);
+        if (found == tables_.guest_tables_.end())
             continue;
-        const auto index = static_cast<TableIndex>(i);
-        store_entry(pool_.entries(index)[*target], switcher_);
-        store_entry(pool_.entries(index)[slot_], ShadowEntry());
-        owe(index);
+        ShadowTables::GuestTable& page = found->second;
+        page.open = false;
+        tables_.restrict_mappings(page);
+        tables_.compare_shadows(page, writes);
     }
-    slot_ = *target;
-    ++counters_.slot_moves;
-    return true;
+    open_.clear();
+    return writes;
 }
 
-// --- Looking
+void Mmu::flush(const FlushScope& scope) {
+    const auto editing = edit();
+    ++tables_.counters_.flushes;
+    // Tables are compared again before they are next relied on. What another context had: when it comes back.
+    if (scope.all_contexts || scope.pcid == paging_.pcid)
+        required_ = ++tables_.epoch_;
+    if (!tables_.to_merge_.empty())
+        tables_.merge_quiet_pages();
+    if (tables_.config_.virtual_tlb)
+        tables_.forget_entries();
+    if (sanitizer_ == nullptr)
+        return;
+    if (scope.globals)
+        sanitizer_->flush_everything();
+    else if (scope.all_contexts)
+        sanitizer_->flush_all_contexts();
+    else
+        sanitizer_->flush_context(scope.pcid);
+    tables_.forget_entries();
+}
+
+void Mmu::invalidate(GuestVirt at, std::uint16_t pcid, bool globals) {
+    const auto editing = edit();
+    ++tables_.counters_.invalidations;
+    if (sanitizer_ != nullptr) {
+        if (globals)
+            sanitizer_->invalidate(at, paging_);
+        else
+            sanitizer_->invalidate_in(pcid, at, paging_);
+        tables_.forget_entries();
+    }
+    if (pcid != paging_.pcid)
+        return;
+    invalidated_ = ++tables_.epoch_; // what the current roots do not refer to now is compared before they do
+    if (resets_ != tables_.resets_)
+        return;
+    for (const auto& root : current_) {
+        if (root)
+            tables_.invalidate(*root, at);
+    }
+}
+
+void Mmu::reset() {
+    const auto editing = edit();
+    tables_.reset();
+}
 
 std::vector<WalkStep<MachinePhysSpace>> Mmu::shadow_walk(GuestVirt at, bool user) {
+    const auto editing = edit();
     std::vector<WalkStep<MachinePhysSpace>> steps;
-    const auto read = [this](MachinePhys slot) {
-        const auto index = pool_.page_of(slot.frame());
-        return index ? pool_.entries(*index)[slot.page_offset() / sizeof(ShadowEntry)] : ShadowEntry();
+    const auto read = [this](const Level&, MachinePhys slot) {
+        const auto index = tables_.pool_.page_of(slot.frame());
+        return index ? tables_.pool_.entries(*index)[slot.page_offset() / sizeof(ShadowEntry)]
+                     : ShadowEntry();
     };
-    walk(paging_4_level, root(user), at, at, read, [&](const WalkStep<MachinePhysSpace>& step) {
+    const MachineFrame root = tables_.pool_.frame(root_table(user));
+    walk(paging_4_level, root, at, at, read, [&](const WalkStep<MachinePhysSpace>& step) {
         steps.push_back(step);
         return WalkNext::descend;
     });
     return steps;
-}
-
-std::optional<std::string> Mmu::audit() const {
-    std::vector<std::uint32_t> references(tables_.size(), 0);
-    std::size_t live = 0;
-    for (std::size_t i = 0; i < tables_.size(); ++i) {
-        const Table& parent = tables_[i];
-        if (!parent.live)
-            continue;
-        ++live;
-        const bool root = parent.key.level == paging_4_level.root().number;
-        const auto entries = pool_.entries(static_cast<TableIndex>(i));
-        if (root && entries[slot_] != switcher_)
-            return fmt::format("root table {} does not carry the switcher in slot {}", i, slot_);
-        for (unsigned slot = 0; slot < entries_per_table; ++slot) {
-            const ShadowEntry entry = entries[slot];
-            if (!entry.present() || (root && slot == slot_))
-                continue;
-            if (!entry.user())
-                return fmt::format("entry {} of table {} is not accessible at CPL 3", slot, i);
-            const Level& level = paging_4_level.level(parent.key.level);
-            if (is_leaf(parent, entry)) {
-                const MachineFrame frame = entry.page(level);
-                const bool ram = memory_.contains(GuestPhys(frame.base().value()), level.span());
-                const bool small = level.number == 1 && (frame == config_.nothing ||
-                                                         machine_frame(GuestFrame(frame.number())) == frame);
-                if (!ram && !small)
-                    return fmt::format("entry {} of table {} maps frame {:#x}, which is not the guest's",
-                                       slot, i, frame.number());
-                continue;
-            }
-            const auto child = pool_.page_of(entry.table());
-            if (!child || !table(*child).live)
-                return fmt::format("entry {} of table {} refers to no live table", slot, i);
-            if (table(*child).key.level + 1 != parent.key.level)
-                return fmt::format("entry {} of table {} refers to a table of level {} instead of {}", slot,
-                                   i, table(*child).key.level, parent.key.level - 1);
-            if (table(*child).epoch < parent.epoch)
-                return fmt::format("table {} is behind table {}, which refers to it",
-                                   TablePool::number(*child), i);
-            ++references[TablePool::number(*child)];
-        }
-    }
-    for (std::size_t i = 0; i < tables_.size(); ++i) {
-        if (tables_[i].live && tables_[i].uses != references[i])
-            return fmt::format("table {} counts {} uses but {} entries refer to it", i, tables_[i].uses,
-                               references[i]);
-    }
-    if (live != pool_.in_use() || live != by_key_.size())
-        return fmt::format("{} tables live, {} pages in use, {} keys known", live, pool_.in_use(),
-                           by_key_.size());
-    return std::nullopt;
 }
 
 } // namespace umbra

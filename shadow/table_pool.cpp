@@ -3,8 +3,14 @@
 #include <algorithm>
 
 namespace umbra {
+namespace {
 
-TablePool::TablePool(MachineFrame first, std::span<std::byte> memory) : first_(first), memory_(memory) {}
+constexpr std::size_t group_bytes = TablePool::group_pages * page_size;
+
+} // namespace
+
+TablePool::TablePool(MachineFrame first, std::span<std::byte> memory, PoolGuard* guard)
+    : first_(first), memory_(memory.first(memory.size() / group_bytes * group_bytes)), guard_(guard) {}
 
 std::optional<TableIndex> TablePool::allocate() {
     if (free_.empty()) {
@@ -22,6 +28,7 @@ std::optional<TableIndex> TablePool::allocate() {
 }
 
 void TablePool::release(TableIndex page) {
+    const EditScope scope = edit();
     std::ranges::fill(entries(page), ShadowEntry());
     free_.push_back(page);
     --in_use_;

@@ -30,20 +30,23 @@ struct WalkStep {
         address; ///< inside the walked range: the range's start, or the first address of the entry's span
 };
 
-/// Walks [first, last] (both inclusive; within one half of the canonical space) below `table`, a table of
-/// format.levels[depth].
-/// `read(Address<Space>) -> Entry<Space>` fetches an entry, once per visit: the visitor's copy is what is
-/// used. `visit(const WalkStep<Space>&) -> WalkNext`. False if the visitor stopped the walk.
+/// Walks [first, last] (both inclusive; canonical, and within one half of the canonical space) below `table`,
+/// a table of format.levels[depth]. A format without levels has nothing to visit.
+/// `read(const Level&, Address<Space>) -> Entry<Space>` fetches an entry of level.entry_bytes, once per
+/// visit: the visitor's copy is what is used. `visit(const WalkStep<Space>&) -> WalkNext`. False if the
+/// visitor stopped the walk.
 template<class Space, class Read, class Visit>
-requires std::same_as<std::invoke_result_t<Read&, Address<Space>>, Entry<Space>> &&
+requires std::same_as<std::invoke_result_t<Read&, const Level&, Address<Space>>, Entry<Space>> &&
     std::same_as < std::invoke_result_t < Visit&,
     const WalkStep<Space>
 & >, WalkNext > bool walk(const PagingFormat& format, Frame<Space> table, GuestVirt first, GuestVirt last,
                           Read&& read, Visit&& visit, std::size_t depth = 0) {
+    if (depth == format.levels.size())
+        return true;
     const Level& level = format.levels[depth];
     for (GuestVirt at = first;;) {
-        const Address<Space> slot = table.base() + level.index(at) * sizeof(std::uint64_t);
-        const WalkStep<Space> step{&level, slot, read(slot), at};
+        const Address<Space> slot = table.base() + std::uint64_t{level.index(at)} * level.entry_bytes;
+        const WalkStep<Space> step{&level, slot, read(level, slot), at};
         const GuestVirt end =
             GuestVirt(at.value() | (level.span() - 1)); // last address this entry translates
         const WalkNext next = visit(step);

@@ -129,6 +129,7 @@ struct VirtualCpu {
     DescriptorTable gdtr, idtr;
 
     std::uint64_t cr0 = 0, cr2 = 0, cr3 = 0, cr4 = 0, cr8 = 0, efer = 0;
+    std::array<std::uint64_t, 4> pdptes{}; ///< PAE paging: loaded with CR3 by load_pdptes
     std::array<std::uint64_t, 4> dr{};
     std::uint64_t dr6 = 0xffff0ff0, dr7 = 0x400;
 
@@ -154,22 +155,44 @@ struct VirtualCpu {
         return (word >> bit & 1) != 0 ? flag : 0;
     };
     return cr4::tsd | cr4::de | cr4::pse | cr4::pae | cr4::mce | cr4::pge | cr4::pce | cr4::osfxsr |
-           cr4::osxmmexcpt | with(leaf1_ecx, 26, cr4::osxsave) | with(leaf7_ebx, 0, cr4::fsgsbase) |
-           with(leaf7_ebx, 7, cr4::smep) | with(leaf7_ecx, 2, cr4::umip);
+           cr4::osxmmexcpt | with(leaf1_ecx, 17, cr4::pcide) | with(leaf1_ecx, 26, cr4::osxsave) |
+           with(leaf7_ebx, 0, cr4::fsgsbase) | with(leaf7_ebx, 7, cr4::smep) |
+           with(leaf7_ebx, 20, cr4::smap) | with(leaf7_ecx, 2, cr4::umip);
+}
+
+/// The paging mode that the control registers select (Intel SDM vol. 3A, 4.1.1).
+[[nodiscard]] constexpr const PagingFormat& paging_format(const VirtualCpu& cpu) {
+    if ((cpu.cr0 & cr0::pg) == 0)
+        return paging_off;
+    if ((cpu.cr4 & cr4::pae) == 0)
+        return (cpu.cr4 & cr4::pse) != 0 ? paging_32_bit_pse : paging_32_bit;
+    if ((cpu.efer & efer::lma) == 0)
+        return paging_pae;
+    return (cpu.cr4 & cr4::la57) != 0 ? paging_5_level : paging_4_level;
 }
 
 /// The part of the CPU's state that decides how its page tables are read. `physical_bits`, `gigabyte_pages`:
-/// what its CPUID offers.
+/// what its CPUID offers. PKRU is not among VirtualCpu's registers: protection keys are not offered.
 [[nodiscard]] inline GuestPaging guest_paging(const VirtualCpu& cpu, unsigned physical_bits,
                                               bool gigabyte_pages) {
+    constexpr std::uint64_t low_half = 0xffff'ffff, pdpt_mask = 0xffff'ffe0, pcid_mask = 0xfff;
     GuestPaging paging;
-    paging.format = (cpu.cr4 & cr4::la57) != 0 ? &paging_5_level : &paging_4_level;
-    paging.root = GuestPhys(cpu.cr3 & entry_bit::frame_mask).frame();
+    paging.format = &paging_format(cpu);
+    const std::uint64_t cr3 = paging.format->long_mode() ? cpu.cr3 : cpu.cr3 & low_half;
+    paging.root = GuestPhys(cr3 & entry_bit::frame_mask).frame();
     paging.write_protect = (cpu.cr0 & cr0::wp) != 0;
     paging.no_execute = (cpu.efer & efer::nxe) != 0;
     paging.smep = (cpu.cr4 & cr4::smep) != 0;
+    paging.smap = (cpu.cr4 & cr4::smap) != 0;
     paging.gigabyte_pages = gigabyte_pages;
     paging.physical_bits = physical_bits;
+    paging.global_pages = (cpu.cr4 & cr4::pge) != 0;
+    if ((cpu.cr4 & cr4::pcide) != 0)
+        paging.pcid = static_cast<std::uint16_t>(cpu.cr3 & pcid_mask);
+    if (paging.format == &paging_pae) {
+        paging.pdptes = cpu.pdptes;
+        paging.pdpt = GuestPhys(cr3 & pdpt_mask);
+    }
     return paging;
 }
 

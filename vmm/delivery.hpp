@@ -59,9 +59,9 @@ struct Delivery {
 };
 
 /// Delivers `event`: gate, privilege and stack switch, frame, RFLAGS, CR2; DR7.GD is cleared for #DB, and
-/// cpu.halted. Faults on the way are delivered in its place, by the rules of Intel SDM vol. 3A, table 6-5:
-/// at last as #DF, or not at all. The caller has set DR6, and holds external interrupts back while the CPU
-/// does not accept them.
+/// cpu.halted. All its accesses are implicit supervisor ones; RFLAGS.AC stays as it is. Faults on the way are
+/// delivered in its place, by the rules of Intel SDM vol. 3A, table 6-5: at last as #DF, or not at all. The
+/// caller has set DR6, and holds external interrupts back while the CPU does not accept them.
 [[nodiscard]] Delivery deliver(VirtualCpu& cpu, const GuestSpace& space, const Event& event);
 
 } // namespace umbra

@@ -133,7 +133,11 @@ class Executor {
     [[nodiscard]] bool privileged() const { return cpu_->cpl == 0; }
     [[nodiscard]] bool io_flag_privileged() const { return cpu_->cpl <= cpu_->iopl(); }
     [[nodiscard]] bool umip_denies() const { return cpu_->cpl != 0 && (cpu_->cr4 & cr4::umip) != 0; }
-    [[nodiscard]] Access access(bool write = false) const { return {write, false, cpu_->cpl == 3}; }
+    /// An explicit data access of the instruction. What it reads by itself, descriptors and the TSS, are
+    /// GuestSpace's implicit ones, which EFLAGS.AC does not open user pages to (Intel SDM vol. 3A, 4.6.1).
+    [[nodiscard]] Access access(bool write = false) const {
+        return {.write = write, .user = cpu_->cpl == 3, .ac = (cpu_->rflags & rflags::alignment_check) != 0};
+    }
     [[nodiscard]] bool canonical(std::uint64_t value) const {
         return space_->paging().format->canonical(GuestVirt(value));
     }
@@ -183,6 +187,10 @@ class Executor {
     [[nodiscard]] std::uint64_t edx_eax();
     void set_edx_eax(std::uint64_t value);
     [[nodiscard]] std::uint16_t current_pcid() const;
+    void tell(PagingChange::Kind kind, bool globals = false) {
+        environment_->paging_changed(
+            {.kind = kind, .globals = globals, .pcid = current_pcid(), .address = {}});
+    }
 
     VirtualCpu* cpu_;
     const GuestSpace* space_;
@@ -781,10 +789,11 @@ Fault Executor::write_cr0(std::uint64_t value) {
     const std::uint64_t changed = cpu_->cr0 ^ value;
     cpu_->cr0 = value;
     if ((changed & cr0::wp) != 0)
-        environment_->paging_changed({PagingChange::mode, {}, current_pcid()});
+        tell(PagingChange::mode);
     return std::nullopt;
 }
 
+/// Intel SDM vol. 3A, 4.10.4.1. Bit 63 is reserved without PCIDs, and never kept.
 Fault Executor::write_cr3(std::uint64_t value) {
     const bool pcids = (cpu_->cr4 & cr4::pcide) != 0;
     const bool keep = pcids && (value & cr3_no_flush) != 0;
@@ -793,11 +802,12 @@ Fault Executor::write_cr3(std::uint64_t value) {
     if (value >> environment_->physical_bits() != 0)
         return Exception::general_protection();
     cpu_->cr3 = value;
-    environment_->paging_changed(
-        {keep ? PagingChange::cr3_load_no_flush : PagingChange::cr3_load, {}, current_pcid()});
+    tell(keep ? PagingChange::cr3_load_no_flush : PagingChange::cr3_load);
     return std::nullopt;
 }
 
+/// What flushes: Intel SDM vol. 3A, 4.10.4.1, and AMD APM vol. 2, 5.5.2, where PSE does too. Turning PCIDs on
+/// flushes nothing: the translations made until then are those of PCID 0, which CR3 must name.
 Fault Executor::write_cr4(std::uint64_t value) {
     const std::uint64_t changed = cpu_->cr4 ^ value;
     const bool pcids_on = (changed & value & cr4::pcide) != 0;
@@ -806,10 +816,13 @@ Fault Executor::write_cr4(std::uint64_t value) {
         return Exception::general_protection();
     cpu_->cr4 = value;
     const bool pcids_off = (changed & ~value & cr4::pcide) != 0;
-    if ((changed & (cr4::pge | cr4::pse)) != 0 || pcids_off)
-        environment_->paging_changed({PagingChange::everything, {}, current_pcid()});
+    const bool smep_on = (changed & value & cr4::smep) != 0;
     if ((changed & (cr4::smep | cr4::smap | cr4::pke)) != 0)
-        environment_->paging_changed({PagingChange::mode, {}, current_pcid()});
+        tell(PagingChange::mode);
+    if ((changed & (cr4::pge | cr4::pse)) != 0 || pcids_off)
+        tell(PagingChange::everything, true);
+    else if (smep_on)
+        tell(PagingChange::context, true);
     return std::nullopt;
 }
 
@@ -1148,28 +1161,38 @@ Emulation Executor::invalidate_page() {
     GuestVirt at;
     // A non-canonical address has no translation to lose, and raises nothing.
     if (auto violation = operand_address(operand, 1, false, at); !violation)
-        environment_->paging_changed({PagingChange::page, at, current_pcid()});
+        environment_->paging_changed(
+            {.kind = PagingChange::page, .globals = true, .pcid = current_pcid(), .address = at});
     return done();
 }
 
+/// Intel SDM vol. 2A, INVPCID. The reserved bits of the descriptor count for every type; its PCID and its
+/// address only for those that use them.
 Emulation Executor::invalidate_pcid() {
     if ((environment_->cpuid(7, 0).ebx & cpuid::invpcid) == 0)
         return invalid_opcode();
     if (!privileged())
         return general_protection();
+    constexpr std::array kinds{PagingChange::page, PagingChange::context, PagingChange::everything,
+                               PagingChange::all_contexts};
     const std::uint64_t type = reg(reg_operand());
+    if (type >= kinds.size())
+        return general_protection();
     std::array<std::uint64_t, 2> descriptor{}; // PCID, linear address
     if (auto fault = read_memory_operand(descriptor))
         return raise(*fault);
-    const bool names_pcid = type == 0 || type == 1;
+    const PagingChange::Kind kind = kinds[type];
+    const bool names_pcid = kind == PagingChange::page || kind == PagingChange::context;
+    const bool names_address = kind == PagingChange::page;
     const bool pcids = (cpu_->cr4 & cr4::pcide) != 0;
-    if (type > 3 || descriptor[0] > pcid_mask || (names_pcid && !pcids && descriptor[0] != 0) ||
-        (type == 0 && !canonical(descriptor[1])))
+    if (descriptor[0] > pcid_mask || (names_pcid && !pcids && descriptor[0] != 0) ||
+        (names_address && !canonical(descriptor[1])))
         return general_protection();
-    constexpr std::array kinds{PagingChange::page, PagingChange::context, PagingChange::everything,
-                               PagingChange::all_contexts};
-    environment_->paging_changed({kinds[type], GuestVirt(type == 0 ? descriptor[1] : 0),
-                                  names_pcid ? static_cast<std::uint16_t>(descriptor[0]) : current_pcid()});
+    environment_->paging_changed(
+        {.kind = kind,
+         .globals = kind == PagingChange::everything,
+         .pcid = names_pcid ? static_cast<std::uint16_t>(descriptor[0]) : current_pcid(),
+         .address = GuestVirt(names_address ? descriptor[1] : 0)});
     return done();
 }
 
@@ -1274,7 +1297,7 @@ bool Executor::write_efer(std::uint64_t value) {
         return false;
     cpu_->efer = value;
     if ((changed & efer::nxe) != 0)
-        environment_->paging_changed({PagingChange::mode, {}, current_pcid()});
+        tell(PagingChange::mode);
     return true;
 }
 
@@ -1296,7 +1319,11 @@ Emulation Executor::set_xcr() {
     return done();
 }
 
-/// STAC and CLAC.
+/// STAC and CLAC (Intel SDM vol. 2): offered with SMAP, whether or not CR4.SMAP is set, and #UD, not #GP, for
+/// programs. Each of them traps, #UD being what the machine's CPL 3 makes of it; POPF, the other way to
+/// change EFLAGS.AC, does not, so that the monitor learns of what it did at the next trap only. What POPF
+/// takes away may therefore still be used until then; what it grants is found by the page fault that SMAP
+/// makes of it.
 Emulation Executor::access_flag() {
     if ((environment_->cr4_allowed() & cr4::smap) == 0 || !privileged())
         return invalid_opcode();

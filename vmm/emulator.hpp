@@ -14,21 +14,29 @@
 
 namespace umbra {
 
-/// A change to how addresses translate, told to the shadow MMU after the CPU's state was changed
-/// (Intel SDM vol. 3A, 4.10.4.1).
+/// A change to how addresses translate, told to the shadow MMU after the CPU's state was changed. It says
+/// exactly what the CPU must forget, never more (Intel SDM vol. 3A, 4.10.4.1): which translations, of which
+/// PCIDs, and whether global ones are among them. The paging-structure caches of the same PCIDs go with the
+/// translations; for `page` all of them, as they are not kept by page.
 struct PagingChange {
     enum Kind : std::uint8_t {
-        cr3_load,          ///< CR3 loaded: its non-global translations are gone
-        cr3_load_no_flush, ///< CR3 loaded with bit 63: nothing is gone (CR4.PCIDE only)
-        mode,              ///< CR0.WP, CR4.SMEP, SMAP or PKE, or EFER.NXE changed: other rights from now on
-        page,              ///< one address: its translation in `pcid`, and a global one
-        context,           ///< all non-global translations of `pcid`
-        all_contexts,      ///< all non-global translations
-        everything,        ///< all translations, global ones too
+        mode,              ///< CR0.WP, CR4.SMEP, SMAP or PKE, or EFER.NXE: other rights, nothing is gone
+        cr3_load_no_flush, ///< CR3 loaded with bit 63 (CR4.PCIDE only): another root, nothing is gone
+        cr3_load,          ///< CR3 loaded: what `pcid`, which is the current one now, had is gone
+        page,              ///< the page of `address` in `pcid` is gone
+        context,           ///< what `pcid` had is gone
+        all_contexts,      ///< what all PCIDs had is gone
+        everything,        ///< the same, and all global translations: CR4.PGE changed, INVPCID of type 2 ...
     };
     Kind kind = everything;
-    GuestVirt address;
-    std::uint16_t pcid = 0; ///< the current one for INVLPG; another by INVPCID
+    /// Global translations go too, whatever PCID they were made in: for `page` those of that page (INVLPG
+    /// yes, INVPCID no), for `context` all (CR4.SMEP being set). `everything` has it set, other kinds do not.
+    bool globals = true;
+    std::uint16_t pcid = 0; ///< the current one but for INVPCID; 0 without CR4.PCIDE
+    GuestVirt address;      ///< canonical; `page` only
+
+    [[nodiscard]] constexpr bool all_pcids() const { return kind == all_contexts || kind == everything; }
+    bool operator==(const PagingChange&) const = default;
 };
 
 struct CpuidResult {

@@ -18,7 +18,7 @@ class Mmu;
 class Engine {
   public:
     Engine(Machine& machine, const VirtualCpu& boot, bool cpuid_intercepted = true)
-        : machine_(machine), cpu_(boot), features_(guest_features(machine.kvm(), cpuid_intercepted)) {}
+        : machine_(machine), cpu_(boot), features_(machine.cpu_features(cpuid_intercepted)) {}
     Engine(const Engine&) = delete;
     Engine& operator=(const Engine&) = delete;
     Engine(Engine&&) = delete;

@@ -12,11 +12,31 @@
 
 namespace umbra {
 
+/// Told of what umbra itself writes into guest memory: stores that no page fault announces.
+class StoreObserver {
+  public:
+    StoreObserver() = default;
+    StoreObserver(const StoreObserver&) = delete;
+    StoreObserver(StoreObserver&&) = delete;
+    StoreObserver& operator=(const StoreObserver&) = delete;
+    StoreObserver& operator=(StoreObserver&&) = delete;
+
+    /// `size` bytes of RAM at `at` have been written: 1 or more, all in one page.
+    virtual void stored(GuestPhys at, std::size_t size) = 0;
+
+  protected:
+    ~StoreObserver() = default;
+};
+
 /// Accesses by the guest's own page tables, page by page; accessed and dirty bits are set as the CPU would.
+/// Unless told otherwise they are implicit supervisor accesses, as to descriptor tables, the TSS and the
+/// stack of a handler: at level 0 whatever the CPL, and not helped by EFLAGS.AC (Intel SDM vol. 3A, 4.6.1).
 /// A view: cheap to make for one operation from the CPU's current paging state.
 class GuestSpace {
   public:
-    GuestSpace(const GuestMemory& memory, const GuestPaging& paging) : memory_(&memory), paging_(paging) {}
+    /// `observer`, if there is one, outlives the view. It does not hear of accessed and dirty bits.
+    GuestSpace(const GuestMemory& memory, const GuestPaging& paging, StoreObserver* observer = nullptr)
+        : memory_(&memory), paging_(paging), observer_(observer) {}
 
     /// Reads all of `into` or returns the exception that the access raises: #PF, or #GP for a non-canonical
     /// address. Bytes outside RAM read as all-ones.
@@ -46,6 +66,7 @@ class GuestSpace {
   private:
     const GuestMemory* memory_;
     GuestPaging paging_;
+    StoreObserver* observer_;
 };
 
 } // namespace umbra

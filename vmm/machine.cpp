@@ -4,8 +4,6 @@
 
 #include <cstring>
 
-#include <cpuid.h>
-
 namespace umbra {
 namespace {
 
@@ -34,9 +32,9 @@ Vm make_vm(const Kvm& kvm, const GuestMemory& memory, const MonitorMemory& monit
     return vm;
 }
 
-Vcpu make_vcpu(const Kvm& kvm, Vm& vm) {
+Vcpu make_vcpu(Vm& vm, std::span<const CpuidLeaf> cpuid) {
     Vcpu vcpu = vm.create_vcpu(0);
-    vcpu.set_cpuid(guest_cpuid(kvm));
+    vcpu.set_cpuid(cpuid);
     return vcpu;
 }
 
@@ -56,8 +54,10 @@ PlatformConfig platform_config(MachineConfig& config, Vm& vm, const GuestMemory&
 
 Machine::Machine(const Kvm& kvm, MachineConfig config)
     : kvm_(kvm), ram_(make_ram(config.memory_bytes)), memory_(make_memory(config.memory_bytes, ram_)),
-      monitor_(MonitorMemory::default_base(kvm.physical_bits()), config.pool_bytes),
-      vm_(make_vm(kvm, memory_, monitor_, config.pool_bytes != 0)), vcpu_(make_vcpu(kvm, vm_)),
+      monitor_(MonitorMemory::default_base(kvm.physical_bits()), config.pool_bytes, best_pool_protection()),
+      cpu_choice_(config.cpu),
+      cpuid_(guest_cpuid(kvm.supported_cpuid(), cpu_choice_, config.pool_bytes != 0)),
+      vm_(make_vm(kvm, memory_, monitor_, config.pool_bytes != 0)), vcpu_(make_vcpu(vm_, cpuid_)),
       platform_(platform_config(config, vm_, memory_)) {}
 
 void Machine::complete_port_exit() {
@@ -108,55 +108,6 @@ void Machine::complete_mmio_exit() {
         platform_.mmio_write(at, exit.data);
     else
         platform_.mmio_read(at, exit.data);
-}
-
-std::vector<CpuidLeaf> guest_cpuid(const Kvm& kvm) {
-    constexpr auto bit = [](unsigned number) { return std::uint32_t{1} << number; };
-    std::vector<CpuidLeaf> leaves = kvm.supported_cpuid();
-    for (CpuidLeaf& leaf : leaves) {
-        switch (leaf.function) {
-        case 1:
-            leaf.ebx = (leaf.ebx & 0xffff) | 1U << 16; // APIC ID 0, one logical processor
-            // MONITOR, VMX, PCID, x2APIC, TSC deadline: each needs what the monitor does not virtualise.
-            leaf.ecx &= ~(bit(3) | bit(5) | bit(17) | bit(21) | bit(24));
-            leaf.ecx |= bit(31); // a hypervisor is present
-            break;
-        case 7:
-            if (leaf.index == 0) {
-                leaf.ebx &= ~(bit(10) | bit(20));         // INVPCID, SMAP
-                leaf.ecx &= ~(bit(3) | bit(7) | bit(16)); // PKU, shadow stacks, LA57
-                leaf.edx &= ~(bit(20) | bit(26) | bit(27) |
-                              bit(31)); // IBT; speculation controls, whose MSRs are ours
-            }
-            break;
-        case 0x80000001:
-            leaf.ecx &= ~bit(2); // SVM
-            break;
-        case 0x40000001:
-            leaf.eax = leaf.edx = 0; // KVM's paravirtual MSRs are not forwarded
-            break;
-        default:
-            break;
-        }
-    }
-    return leaves;
-}
-
-CpuFeatures guest_features(const Kvm& kvm, bool cpuid_intercepted) {
-    const auto leaf = [&](std::uint32_t function) {
-        CpuidLeaf found;
-        if (!cpuid_intercepted)
-            __get_cpuid_count(function, 0, &found.eax, &found.ebx, &found.ecx, &found.edx);
-        else if (const CpuidLeaf* offered = kvm.leaf(function))
-            found = *offered;
-        return found;
-    };
-    CpuFeatures features;
-    features.physical_bits = leaf(0x80000008).eax & 0xff;
-    features.gigabyte_pages = (leaf(0x80000001).edx & 1U << 26) != 0;
-    features.cr4 =
-        cr4_offered(leaf(1).ecx, leaf(7).ebx, leaf(7).ecx) | cr4::umip; // which the monitor does itself
-    return features;
 }
 
 VirtualCpu boot_cpu(const LoadedKernel& kernel) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "shadow/guest_memory.hpp"
+#include "vmm/cpu_model.hpp"
 #include "vmm/devices/platform.hpp"
 #include "vmm/host_memory.hpp"
 #include "vmm/kvm/kvm.hpp"
@@ -20,6 +21,7 @@ namespace umbra {
 struct MachineConfig {
     std::uint64_t memory_bytes = 0; ///< guest RAM: within parse_memory_size's bounds
     std::size_t pool_bytes = 0;     ///< for shadow tables; 0: an engine without them
+    CpuChoice cpu{};
     OutputSink serial_output;
     OutputSink debug_output;
 };
@@ -39,6 +41,11 @@ class Machine {
     [[nodiscard]] Platform& platform() { return platform_; }
     [[nodiscard]] const Platform& platform() const { return platform_; }
     [[nodiscard]] Vcpu& vcpu() { return vcpu_; }
+    /// What CPUID shows, if the host intercepts it.
+    [[nodiscard]] const std::vector<CpuidLeaf>& cpuid() const { return cpuid_; }
+    [[nodiscard]] CpuFeatures cpu_features(bool cpuid_intercepted) const {
+        return guest_features(cpuid_, cpu_choice_, cpuid_intercepted);
+    }
 
     /// Answers the vCPU's last exit, a port or an MMIO access.
     void complete_port_exit();
@@ -60,23 +67,14 @@ class Machine {
     std::vector<HostMemory> ram_;
     GuestMemory memory_;
     MonitorMemory monitor_;
+    CpuChoice cpu_choice_;
+    std::vector<CpuidLeaf> cpuid_;
     Vm vm_;
     Vcpu vcpu_;
     Platform platform_;
     std::string waiting_input_;
 };
 
-/// The CPUID leaves of a guest's CPU: what KVM offers, less what the monitor cannot do.
-[[nodiscard]] std::vector<CpuidLeaf> guest_cpuid(const Kvm& kvm);
-
-/// What a guest's CPU offers, where the monitor has to know it.
-struct CpuFeatures {
-    unsigned physical_bits = 0; ///< MAXPHYADDR
-    bool gigabyte_pages = false;
-    std::uint64_t cr4 = 0; ///< the bits that may be set
-};
-/// As the guest's CPUID says, which shows the host's own leaves where the host does not intercept it.
-[[nodiscard]] CpuFeatures guest_features(const Kvm& kvm, bool cpuid_intercepted);
 /// The state in which a kernel is entered; README.md documents it to guests' authors.
 [[nodiscard]] VirtualCpu boot_cpu(const LoadedKernel& kernel);
 

@@ -33,7 +33,7 @@ constexpr bool audit_every_entry = false;
 #endif
 constexpr std::uint32_t msr_tsc_aux = 0xc0000103;
 
-MmuConfig mmu_config(const Machine& machine, const HostTraits& traits) {
+MmuConfig mmu_config(const Machine& machine, const HostTraits& traits, const MonitorOptions& options) {
     MmuConfig config;
     config.devices = {io_apic, local_apic};
     config.nothing = MonitorMemory::nothing(machine.kvm().physical_bits());
@@ -41,6 +41,20 @@ MmuConfig mmu_config(const Machine& machine, const HostTraits& traits) {
     config.stores_seen = traits.stores_seen;
     config.first_slot = first_slot;
     config.usable_slots[host_slot] = false;
+    // What a write to a protected table costs, its trap and the protection that follows later, against the
+    // comparison of a table (tests/bench): 50 to 250 us where KVM interprets ring 0 and shadows our tables in
+    // turn, and some exits elsewhere, against 0.05 to 0.1 us.
+    constexpr unsigned trap_cost_interpreted = 1000, trap_cost_native = 60;
+    config.trap_cost = traits.resume == ResumeBy::system_registers ? trap_cost_interpreted : trap_cost_native;
+    if (options.sync)
+        config.sync = *options.sync;
+    if (options.prefetch)
+        config.prefetch = *options.prefetch;
+    config.virtual_tlb = options.virtual_tlb;
+    if (options.checks != nullptr && options.checks->watch_tables()) {
+        config.sync = Sync::trap;
+        config.prefetch = 1; // only what the guest uses is there
+    }
     return config;
 }
 
@@ -69,13 +83,16 @@ Overloaded(Cases...) -> Overloaded<Cases...>;
 
 } // namespace
 
-Monitor::Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& boot)
+Monitor::Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& boot, MonitorOptions options)
     : Engine(machine, boot, traits.cpuid_intercepted), traits_(traits),
-      pool_(machine.monitor_memory().pool_base().frame(), machine.monitor_memory().pool()),
+      pool_(machine.monitor_memory().pool_base().frame(), machine.monitor_memory().pool(),
+            machine.monitor_memory().guard()),
       region_(machine.monitor_memory(), 1), switcher_(region_, machine.vcpu(), traits, 0),
-      mmu_(machine.memory(), pool_, mmu_config(machine, traits), region_.root_entry()),
-      cpuid_(guest_cpuid(machine.kvm())), machine_cr4_allowed_(machine.kvm().cr4_offered()),
-      placed_slot_(first_slot) {
+      tables_(machine.memory(), pool_, mmu_config(machine, traits, options), region_.root_entry()),
+      mmu_(tables_), cpuid_(machine.cpuid()), machine_cr4_allowed_(machine.kvm().cr4_offered()),
+      placed_slot_(first_slot), checks_(options.checks) {
+    if (checks_ != nullptr)
+        checks_->attach(mmu_, [this] { return origin(); });
     switcher_.place(placed_slot_);
     mmu_.set_paging(paging());
     refresh_control();
@@ -94,14 +111,19 @@ Verdict Monitor::run(RunControl& control) {
 
 /// Puts the virtual CPU's state into the machine, which then only needs to be run.
 void Monitor::enter() {
-    const MachineFrame root = mmu_.root(cpu_.cpl == 3);
-    if (placed_slot_ != mmu_.reserved_slot()) {
-        placed_slot_ = mmu_.reserved_slot();
+    tell_alignment_check(); // may have been changed by an emulated instruction
+    MachineState state = mmu_.enter(cpu_.cpl == 3);
+    if (placed_slot_ != state.reserved_slot) {
+        placed_slot_ = state.reserved_slot;
         switcher_.place(placed_slot_);
     }
-    const bool sleeping = cpu_.halted && mmu_.debt().none(); // with a debt: wakes at once, as a CPU may
-    switcher_.enter(cpu_, root, mmu_.debt(), pool_, std::exchange(native_access_, std::nullopt));
-    mmu_.debt_paid();
+    const bool sleeping = cpu_.halted && state.debt.none(); // with a debt: wakes at once, as a CPU may
+    const std::uint64_t flags = cpu_.rflags;
+    if (table_write_)
+        cpu_.rflags |= rflags::trap;
+    switcher_.enter(cpu_, state.root, state.debt, pool_, std::exchange(native_access_, std::nullopt));
+    state.debt.paid();
+    cpu_.rflags = flags;
     if (sleeping)
         machine_.vcpu().halt();
 }
@@ -114,8 +136,12 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     const bool trapped = reason == ExitReason::port && in_ring0 && vcpu.port_exit().port == TRAP_PORT;
     Trap trap;
     if (trapped || !in_ring0) {
+        const std::uint64_t own_trap_flag = cpu_.rflags & rflags::trap;
         trap = switcher_.leave(cpu_);
+        if (table_write_)
+            cpu_.rflags = (cpu_.rflags & ~rflags::trap) | own_trap_flag;
         trap_.rip = GuestVirt(cpu_.rip);
+        tell_alignment_check();
     }
     Step verdict;
     bool entered = true; // the machine only needs to be run again
@@ -177,6 +203,11 @@ Monitor::Step Monitor::handle_trap(const Trap& trap) {
     if (trap.vector == static_cast<std::uint8_t>(Vector::page_fault) && trap.error_code)
         return handle_page_fault(trap);
     last_fill_ = {};
+    if (table_write_) {
+        finish_table_write();
+        if (trap.vector == static_cast<std::uint8_t>(Vector::debug) && (cpu_.rflags & rflags::trap) == 0)
+            return std::nullopt; // the step that umbra asked for
+    }
     // A guest may have left the interrupt controller at vectors that are exceptions' too: these come without
     // error code.
     if (trap.vector >= first_interrupt || (pushes_error_code(trap.vector) && !trap.error_code))
@@ -189,7 +220,8 @@ Monitor::Step Monitor::handle_trap(const Trap& trap) {
 Monitor::Step Monitor::handle_page_fault(const Trap& trap) {
     const Access access{.write = (*trap.error_code & PageFault::write) != 0,
                         .fetch = (*trap.error_code & PageFault::fetch) != 0,
-                        .user = cpu_.cpl == 3};
+                        .user = cpu_.cpl == 3,
+                        .ac = (cpu_.rflags & rflags::alignment_check) != 0};
     trap_.reason = TrapReason::page_fault;
     trap_.action = TrapAction::fill;
     trap_.vector = trap.vector;
@@ -209,14 +241,50 @@ Monitor::Step Monitor::handle_page_fault(const Trap& trap) {
         return std::nullopt;
     case Miss::guest_fault:
         last_fill_ = {};
+        if (table_write_)
+            finish_table_write();
         if (miss.trapped_user_fetch)
             return finish_user_entry();
         return deliver_event(Event::of(Exception::page_fault(miss.fault)), TrapReason::page_fault);
+    case Miss::table_write:
+        return begin_table_write(trap, access, miss.address);
     case Miss::no_slot:
         return stop(Verdict::Kind::stopped,
                     "the guest uses all 512 entries of its top-level page table: no room for the switcher");
     }
     __builtin_unreachable();
+}
+
+/// The guest writes to one of its live page tables: it may, for one instruction, after which is looked what
+/// has changed. An instruction that writes to several tables comes here for each, before it is done.
+Monitor::Step Monitor::begin_table_write(const Trap& trap, Access access, GuestPhys slot) {
+    last_fill_ = {};
+    if (checks_ != nullptr && !checks_->may_write_table(trap.address, slot, origin())) {
+        if (table_write_)
+            finish_table_write();
+        // As from supervisor protection keys, which the guest's kernel is protected from itself by.
+        const std::uint32_t code = PageFault::present | PageFault::write | PageFault::protection_key |
+                                   (access.user ? PageFault::user : 0);
+        return deliver_event(Event::of(Exception::page_fault({trap.address, code})), TrapReason::page_fault);
+    }
+    mmu_.begin_table_write(trap.address, access);
+    if (!table_write_)
+        table_write_ = origin();
+    return std::nullopt;
+}
+
+void Monitor::finish_table_write() {
+    const std::vector<TableWrite> writes = mmu_.finish_table_write();
+    if (checks_ != nullptr && table_write_)
+        checks_->table_written(writes, *table_write_);
+    table_write_.reset();
+}
+
+/// umbra's own stores for the guest: by instructions that it emulates, and event frames.
+void Monitor::stored(GuestPhys at, std::size_t size) {
+    const std::vector<TableWrite> writes = tables_.wrote(at, size);
+    if (checks_ != nullptr && !writes.empty())
+        checks_->table_written(writes, origin());
 }
 
 /// Whether the guest's GDT has its programs' code at a selector that is valid in the host's GDT, so that
@@ -266,6 +334,12 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
         original.kind = EventKind::external_interrupt;
         return deliver_event(original, TrapReason::interrupt);
     case Vector::alignment_check:
+        if (switcher_.absorb_alignment_check(cpu_)) {
+            trap_.reason = TrapReason::exception;
+            trap_.action = TrapAction::attend;
+            return std::nullopt;
+        }
+        return deliver_event(original, TrapReason::exception);
     case Vector::divide_error:
     case Vector::bound:
     case Vector::device_not_available:
@@ -379,19 +453,21 @@ void Monitor::refresh_control() {
 void Monitor::paging_changed(const PagingChange& change) {
     mmu_.set_paging(paging());
     switch (change.kind) {
+    case PagingChange::mode:
+        return;
     case PagingChange::page:
-        mmu_.invalidate(change.address);
+        mmu_.invalidate(change.address, change.pcid, change.globals);
         return;
     case PagingChange::cr3_load_no_flush:
+        break;
     case PagingChange::cr3_load:
-    case PagingChange::mode:
     case PagingChange::context:
     case PagingChange::all_contexts:
     case PagingChange::everything:
-        mmu_.flush();
-        mmu_.set_trap_user_fetch(has_untrapped_user_code());
-        return;
+        mmu_.flush({.all_contexts = change.all_pcids(), .pcid = change.pcid, .globals = change.globals});
+        break;
     }
+    mmu_.set_trap_user_fetch(has_untrapped_user_code());
 }
 
 std::optional<std::uint64_t> Monitor::read_msr(std::uint32_t index) {

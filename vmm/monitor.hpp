@@ -6,6 +6,7 @@
 #include "shadow/mmu.hpp"
 #include "vmm/emulator.hpp"
 #include "vmm/engine.hpp"
+#include "vmm/guest_checks.hpp"
 #include "vmm/switcher.hpp"
 #include "vmm/traits.hpp"
 
@@ -13,10 +14,17 @@
 
 namespace umbra {
 
-class Monitor final : public Engine, private CpuEnvironment {
+struct MonitorOptions {
+    std::optional<Sync> sync;         ///< in place of what the host's traits suggest
+    std::optional<unsigned> prefetch; ///< MmuConfig::prefetch
+    GuestChecks* checks = nullptr;    ///< outlives the monitor
+    bool virtual_tlb = false;         ///< MmuConfig::virtual_tlb
+};
+
+class Monitor final : public Engine, private CpuEnvironment, private StoreObserver {
   public:
     /// `machine` has a pool for shadow tables.
-    Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& boot);
+    Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& boot, MonitorOptions options = {});
 
     [[nodiscard]] Verdict run(RunControl& control) override;
     [[nodiscard]] Mmu* mmu() override { return &mmu_; }
@@ -32,8 +40,12 @@ class Monitor final : public Engine, private CpuEnvironment {
     Step handle_syscall();
     Step deliver_event(const Event& event, TrapReason reason);
     Step finish_user_entry();
+    Step begin_table_write(const Trap& trap, Access access, GuestPhys slot);
+    void finish_table_write();
+    [[nodiscard]] Origin origin() const { return {trap_.rip, trap_.start, log_.added()}; }
     void enter();
     void refresh_control();
+    void tell_alignment_check() { mmu_.set_alignment_check((cpu_.rflags & rflags::alignment_check) != 0); }
     [[nodiscard]] bool has_untrapped_user_code();
 
     // The virtual CPU's surroundings.
@@ -53,12 +65,15 @@ class Monitor final : public Engine, private CpuEnvironment {
     unsigned physical_bits() override { return features_.physical_bits; }
     std::uint64_t cr4_allowed() override { return features_.cr4; }
 
-    [[nodiscard]] GuestSpace space() const { return {machine_.memory(), paging()}; }
+    void stored(GuestPhys at, std::size_t size) override;
+
+    [[nodiscard]] GuestSpace space() { return {machine_.memory(), paging(), this}; }
 
     HostTraits traits_;
     TablePool pool_;
     SwitcherRegion region_;
     Switcher switcher_;
+    ShadowTables tables_;
     Mmu mmu_;
     std::vector<CpuidLeaf> cpuid_;
     std::uint64_t machine_cr4_allowed_; ///< what KVM lets the machine have
@@ -66,6 +81,9 @@ class Monitor final : public Engine, private CpuEnvironment {
     std::uint64_t machine_cr0_ = 0, machine_cr4_ = 0,
                   machine_tsc_aux_ = 0;             ///< the guest's, as last told to the machine
     std::optional<NativePortAccess> native_access_; ///< to be made at the next entry
+    GuestChecks* checks_;
+    std::optional<Origin>
+        table_write_; ///< the guest runs for one instruction, which writes to its page tables
 
     struct {
         GuestVirt address;

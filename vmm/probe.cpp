@@ -102,7 +102,7 @@ Finding ring0_instruction(const Kvm& kvm, const HostTraits& traits) {
     constexpr std::size_t tables = 64, instructions = 3 * tables; // of the switcher's republish loop
     const auto time = [&](std::size_t count) {
         return median_ns(50, [&] {
-            scratch.debt = {.tables = std::vector(count, scratch.spare_table()), .flush = true};
+            scratch.debt = Debt(std::vector(count, scratch.spare_table()));
             (void)scratch.completes({});
         });
     };
@@ -284,10 +284,10 @@ Finding ring0_changes(const Kvm& kvm, const HostTraits& traits) {
     scratch.page(4)[0] = 4;
     (void)scratch.load(3);
     scratch.entry(3) = ScratchMachine::mapping(4);
-    scratch.debt = {.tables = {scratch.table()}, .flush = true};
+    scratch.debt = Debt({scratch.table()});
     const bool changed = scratch.load(3) == 4;
     scratch.entry(3) = ShadowEntry();
-    scratch.debt = {.tables = {scratch.table()}, .flush = true};
+    scratch.debt = Debt({scratch.table()});
     const bool cleared = !scratch.load(3);
     return changed && cleared ? Finding{"seen", "guests' page tables can be followed"}
                               : Finding{"not seen", "umbra cannot run guests here"};

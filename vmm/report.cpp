@@ -137,7 +137,7 @@ GuestVirt stack_pointer(const VirtualCpu& cpu) {
 /// Why `walk` ended as it did: "the PDE at gpa:0x2000 is not present".
 std::string why_faulted(const ReportInput& input, const GuestWalk& walk, Access access) {
     const GuestWalk::Step& last = walk.leaf();
-    if (!input.memory.contains(last.slot, sizeof(std::uint64_t)))
+    if (!last.level->in_registers && !input.memory.contains(last.slot, last.level->entry_bytes))
         return fmt::format("the table of this {} is not in RAM, and reads as all-ones", last.level->name);
     if (!last.entry.present())
         return fmt::format("the {} is not present", last.level->name);
@@ -148,8 +148,8 @@ std::string why_faulted(const ReportInput& input, const GuestWalk& walk, Access 
     }
     const auto first = [&walk](auto&& denies) {
         const auto steps = walk.visited();
-        const auto step =
-            std::ranges::find_if(steps, [&](const GuestWalk::Step& s) { return denies(s.entry); });
+        const auto step = std::ranges::find_if(
+            steps, [&](const GuestWalk::Step& s) { return !s.level->in_registers && denies(s.entry); });
         return step == steps.end() ? "" : step->level->name;
     };
     if (access.user && !walk.user)
@@ -161,7 +161,11 @@ std::string why_faulted(const ReportInput& input, const GuestWalk& walk, Access 
     if (access.fetch && walk.no_execute)
         return fmt::format("the {} forbids execution (NX is 1)",
                            first([](GuestEntry e) { return e.no_execute(); }));
-    return "the page is the user's, and CR4.SMEP forbids the kernel to execute it";
+    if (access.fetch)
+        return "the page is the user's, and CR4.SMEP forbids the kernel to execute it";
+    if ((walk.fault->error_code & PageFault::protection_key) != 0)
+        return fmt::format("PKRU denies protection key {}", walk.key);
+    return "the page is the user's, and CR4.SMAP forbids the kernel to access it while EFLAGS.AC is 0";
 }
 
 struct Bytes {
@@ -402,7 +406,8 @@ void add_step(Text& text, const Level& level, Address<Space> slot, Entry<Space> 
     std::string target = "nothing";
     if (entry.present() && entry.leaf(level)) {
         constexpr std::array sizes{"4 KB", "2 MB", "1 GB"};
-        target = fmt::format("{} page {}", sizes.at(level.number - 1), entry.page(level).base());
+        target = fmt::format("{} page {}", level.pse_36 ? "4 MB" : sizes.at(level.number - 1),
+                             entry.page(level).base());
     } else if (entry.present()) {
         target = fmt::format("table {}", entry.table().base());
     }

@@ -78,7 +78,7 @@ Trap ScratchMachine::run(std::span<const std::uint8_t> code, std::uint8_t cpl) {
     cpu.rip = code_address;
     cpu.cpl = cpl;
     switcher_.enter(cpu, pool_.frame(root_), debt, pool_, access);
-    debt = {};
+    debt.paid();
     access.reset();
     exit_ = machine_.run();
     return switcher_.leave(cpu);

@@ -19,18 +19,23 @@ struct Counter {
     std::string_view meaning;
 };
 
-constexpr std::array<Counter<MmuCounters>, 12> mmu_counters{{
-    {&MmuCounters::fills, "fills", "shadow leaf entries made: hidden page faults"},
-    {&MmuCounters::upgrades, "upgrades", "of these: more rights, mostly a clean page's first write"},
+constexpr std::array<Counter<MmuCounters>, 17> mmu_counters{{
+    {&MmuCounters::fills, "fills", "hidden page faults"},
+    {&MmuCounters::upgrades, "upgrades", "entries given more rights, mostly for a clean page's first write"},
+    {&MmuCounters::prefetched, "prefetched", "entries filled beside the one that was asked for"},
     {&MmuCounters::guest_faults, "guest_faults", "page faults that the guest's own tables ask for"},
     {&MmuCounters::flushes, "flushes", "CR3 loads and the like"},
     {&MmuCounters::invalidations, "invalidations", "INVLPG: single pages"},
     {&MmuCounters::tables_compared, "tables_compared", "guest tables looked through after a flush"},
     {&MmuCounters::tables_changed, "tables_changed", "of these: found changed"},
+    {&MmuCounters::tables_protected, "tables_protected", "tables write-protected instead of compared"},
+    {&MmuCounters::table_writes, "table_writes", "traps of writes to these"},
     {&MmuCounters::entries_dropped, "entries_dropped", "shadow entries that had to go for a change"},
     {&MmuCounters::tables_built, "tables_built", "shadow tables made"},
     {&MmuCounters::tables_reused, "tables_reused", "times that a table needed was there already"},
     {&MmuCounters::tables_recycled, "tables_recycled", "tables given up because the pool was full"},
+    {&MmuCounters::splits, "splits", "large pages taken to pieces for a write-protected table in them"},
+    {&MmuCounters::merges, "merges", "and put together again"},
     {&MmuCounters::slot_moves, "slot_moves", "moves of umbra's top-level slot out of the guest's way"},
 }};
 static_assert(sizeof(MmuCounters) == mmu_counters.size() * sizeof(std::uint64_t));

@@ -83,6 +83,15 @@ const std::byte* port_routine(const NativePortAccess& access) {
                               : umbra_switcher_in32;
 }
 
+/// What the machine's CR0.AM should be. A CPU checks alignment at CPL 3 only, where the machine runs the
+/// guest's kernel as well; to that one EFLAGS.AC means something else (CR4.SMAP), so it must stay in the
+/// flags. While the kernel has AC clear, CR0.AM does no harm and saves its change at every change of
+/// privilege.
+bool wants_alignment_checks(const VirtualCpu& cpu) {
+    const bool kernel_has_flag = cpu.cpl != 3 && (cpu.rflags & rflags::alignment_check) != 0;
+    return (cpu.cr0 & cr0::am) != 0 && !kernel_has_flag;
+}
+
 /// `Cpu`: VirtualCpu, const or not.
 template<class Cpu>
 auto data_segments(Cpu& cpu) {
@@ -201,6 +210,12 @@ void Switcher::place(unsigned slot) {
     tr.present = true;
     tr.system = true;
     machine_.set_segment(SegmentName::tr, tr);
+    // KVM's reset leaves an LDT of 64 KB at address 0. What lies there is the guest's: it would be a table of
+    // its own making that the machine obeys, with call gates into ring 0.
+    Segment no_ldt;
+    no_ldt.type = 0x2;
+    no_ldt.system = true;
+    machine_.set_segment(SegmentName::ldt, no_ldt);
 
     syscall_entry_ = address(image_page * page_size + image_offset(umbra_switcher_syscall));
     const bool set = machine_.write_msr(msr_star, std::uint64_t{ring0_cs} << 32) &&
@@ -210,23 +225,37 @@ void Switcher::place(unsigned slot) {
 }
 
 void Switcher::set_control(const VirtualCpu& cpu, std::uint64_t allowed_cr4) {
-    constexpr std::uint64_t from_cr0 = cr0::mp | cr0::em | cr0::ts | cr0::am;
+    constexpr std::uint64_t from_cr0 = cr0::mp | cr0::em | cr0::ts;
     constexpr std::uint64_t from_cr4 =
         cr4::osfxsr | cr4::osxmmexcpt | cr4::osxsave | cr4::fsgsbase | cr4::tsd | cr4::de;
-    machine_.set_control(cr0::pe | cr0::pg | cr0::wp | cr0::ne | cr0::et | (cpu.cr0 & from_cr0),
-                         cr4::pae | (((cpu.cr4 & from_cr4) | cr4::umip) & allowed_cr4),
+    control_cr0_ = cr0::pe | cr0::pg | cr0::wp | cr0::ne | cr0::et | (cpu.cr0 & from_cr0);
+    control_cr4_ = cr4::pae | (((cpu.cr4 & from_cr4) | cr4::umip) & allowed_cr4);
+    set_alignment_checks(cpu);
+}
+
+void Switcher::set_alignment_checks(const VirtualCpu& cpu) {
+    alignment_checks_ = wants_alignment_checks(cpu);
+    machine_.set_control(control_cr0_ | (alignment_checks_ ? cr0::am : 0), control_cr4_,
                          efer::lme | efer::lma | efer::nxe | efer::sce);
+}
+
+// What remains: the kernel has set AC by a POPF, which is no trap, or this host checks alignment with CR0.AM
+// clear too. Against the latter it only helps to clear AC, which the guest then cannot see by PUSHF.
+bool Switcher::absorb_alignment_check(const VirtualCpu& cpu) {
+    if (cpu.cpl == 3 && (cpu.cr0 & cr0::am) != 0)
+        return false;
+    hide_alignment_flag_ = !alignment_checks_;
+    return true;
 }
 
 std::uint64_t Switcher::machine_flags(const VirtualCpu& cpu) const {
     std::uint64_t flags = cpu.rflags & ~(rflags::iopl | rflags::nested_task | rflags::virtual_8086);
-    // The guest's kernel runs at CPL 3: IOPL 3 lets it use its flag and port instructions, and alignment
-    // checks, which a CPU makes at CPL 3 only, must not find it.
+    // The guest's kernel runs at CPL 3: IOPL 3 lets it use its flag and port instructions.
     if (cpu.cpl == 3)
         flags |= cpu.rflags & rflags::iopl;
     else
         flags |= rflags::iopl;
-    if (cpu.cpl != 3 && (cpu.cr0 & cr0::am) != 0)
+    if (alignment_flag_hidden_)
         flags &= ~rflags::alignment_check;
     return flags | rflags::fixed;
 }
@@ -245,7 +274,8 @@ Trap Switcher::leave(VirtualCpu& cpu) {
     const auto finish = [&](Trap trap) {
         // What the machine's flags cannot tell: IOPL is ours, and where it is not honoured so is IF.
         constexpr std::uint64_t ours = rflags::iopl | rflags::nested_task | rflags::virtual_8086;
-        const std::uint64_t kept = ours | (traits_.iopl_honoured ? 0 : rflags::interrupt);
+        const std::uint64_t kept = ours | (traits_.iopl_honoured ? 0 : rflags::interrupt) |
+                                   (alignment_flag_hidden_ ? rflags::alignment_check : 0);
         cpu.rflags = (flags & ~kept) | (cpu.rflags & kept) | rflags::fixed;
         return trap;
     };
@@ -319,6 +349,9 @@ void Switcher::enter(const VirtualCpu& cpu, MachineFrame root, const Debt& debt,
     const bool switching = root != root_;
     sync_segments(cpu);
     machine_.write_gprs(cpu.gpr);
+    alignment_flag_hidden_ = std::exchange(hide_alignment_flag_, false);
+    if (alignment_checks_ != wants_alignment_checks(cpu))
+        set_alignment_checks(cpu);
 
     const bool through_ring0 =
         !debt.none() || access || (traits_.resume == ResumeBy::iretq && in_ring0 && !cpu.halted);

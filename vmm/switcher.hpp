@@ -85,6 +85,10 @@ class Switcher {
     /// kin trap.
     void set_control(const VirtualCpu& cpu, std::uint64_t allowed_cr4);
 
+    /// To be asked at each #AC of the machine. True if the guest's CPU would not have raised it: the guest
+    /// then goes on at the same instruction, and is not checked until its next trap at least.
+    [[nodiscard]] bool absorb_alignment_check(const VirtualCpu& cpu);
+
     /// Chooses how later `enter`s resume the guest, in place of what the traits said.
     void resume_by(ResumeBy means) { traits_.resume = means; }
 
@@ -98,16 +102,21 @@ class Switcher {
     [[nodiscard]] std::uint64_t
     address(std::size_t offset) const; ///< of a byte of the area, in the reserved slot
     [[nodiscard]] std::uint64_t machine_flags(const VirtualCpu& cpu) const;
+    void set_alignment_checks(const VirtualCpu& cpu);
     void sync_segments(const VirtualCpu& cpu);
 
     MonitorMemory& memory_;
     Vcpu& machine_;
     HostTraits traits_;
-    std::size_t block_;               ///< offset of this vCPU's pages in the switcher's area
-    std::size_t stack_top_;           ///< offset of the end of its entry stack
-    MachineVirt base_;                ///< where the reserved slot begins
-    std::uint64_t syscall_entry_ = 0; ///< LSTAR
-    MachineFrame root_;               ///< loaded in the machine's CR3
+    std::size_t block_;                               ///< offset of this vCPU's pages in the switcher's area
+    std::size_t stack_top_;                           ///< offset of the end of its entry stack
+    MachineVirt base_;                                ///< where the reserved slot begins
+    std::uint64_t syscall_entry_ = 0;                 ///< LSTAR
+    MachineFrame root_;                               ///< loaded in the machine's CR3
+    std::uint64_t control_cr0_ = 0, control_cr4_ = 0; ///< as set_control chose them, without CR0.AM
+    bool alignment_checks_ = false;                   ///< the machine's CR0.AM
+    bool hide_alignment_flag_ = false;                ///< the next entry leaves EFLAGS.AC out
+    bool alignment_flag_hidden_ = false;              ///< the last one did
 };
 
 } // namespace umbra

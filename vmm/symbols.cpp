@@ -150,9 +150,39 @@ std::optional<Symbols::Place> Symbols::find(GuestVirt at) const {
     return Place{strings_.data() + function.name, offset};
 }
 
+std::optional<Symbols::Extent> Symbols::function(std::string_view name) const {
+    for (const Function& function : functions_) {
+        const std::string_view raw = strings_.data() + function.name;
+        if (raw == name || readable(raw) == name)
+            return Extent{function.start, function.size};
+    }
+    return std::nullopt;
+}
+
 std::string Symbols::name(GuestVirt at) const {
     const auto place = find(at);
     return place ? fmt::format("{}+{:#x}", readable(place->name), place->offset) : std::string();
+}
+
+std::optional<Symbols::Extent> elf_code_section(std::span<const std::byte> file, std::string_view name) {
+    const std::vector<Elf64_Shdr> sections = section_headers(file);
+    Elf64_Ehdr header{};
+    if (sections.empty() || file.size() < sizeof(header))
+        return std::nullopt;
+    std::memcpy(&header, file.data(), sizeof(header));
+    if (header.e_shstrndx >= sections.size())
+        return std::nullopt;
+    const auto names =
+        contents(file, sections[header.e_shstrndx].sh_offset, sections[header.e_shstrndx].sh_size);
+    for (const Elf64_Shdr& section : sections) {
+        if ((section.sh_flags & SHF_EXECINSTR) == 0 || section.sh_name >= names.size())
+            continue;
+        const auto rest = names.subspan(section.sh_name);
+        const std::string_view text(reinterpret_cast<const char*>(rest.data()), rest.size());
+        if (text.size() > name.size() && text.starts_with(name) && text[name.size()] == '\0')
+            return Symbols::Extent{GuestVirt(section.sh_addr), section.sh_size};
+    }
+    return std::nullopt;
 }
 
 } // namespace umbra

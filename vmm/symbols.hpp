@@ -33,6 +33,12 @@ class Symbols {
     /// The function that `at` is in. A function whose size the file does not tell reaches to the next one, or
     /// to the end of its section.
     [[nodiscard]] std::optional<Place> find(GuestVirt at) const;
+    /// Where the function of this name lies: as in the file, or readable.
+    struct Extent {
+        GuestVirt start;
+        std::uint64_t size = 0; ///< bytes
+    };
+    [[nodiscard]] std::optional<Extent> function(std::string_view name) const;
     /// "main+0x12"; empty if unknown. C++ names are readable, without parameters; long names are cut.
     [[nodiscard]] std::string name(GuestVirt at) const;
 
@@ -46,5 +52,9 @@ class Symbols {
     std::vector<Function> functions_; ///< sorted by start, which are all different
     std::string strings_;             ///< the ELF string table: names end with a NUL
 };
+
+/// Where the section of this name lies, if the file is ELF and has it with code in it.
+[[nodiscard]] std::optional<Symbols::Extent> elf_code_section(std::span<const std::byte> file,
+                                                              std::string_view name);
 
 } // namespace umbra

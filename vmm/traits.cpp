@@ -18,7 +18,7 @@ bool sees_stores(ScratchMachine& scratch) {
     scratch.debt.flush = true;
     const bool seen = scratch.load(3) == 4;
     scratch.entry(3) = ScratchMachine::mapping(3);
-    scratch.debt = {.tables = {scratch.table()}, .flush = true};
+    scratch.debt = Debt({scratch.table()});
     return seen;
 }
 
@@ -50,7 +50,7 @@ bool interprets_ring0(ScratchMachine& scratch) {
         return false;
     constexpr std::size_t tables = 16, instructions = 3 * tables;
     const auto time = [&](std::size_t count) {
-        scratch.debt = {.tables = std::vector(count, scratch.spare_table()), .flush = true};
+        scratch.debt = Debt(std::vector(count, scratch.spare_table()));
         const auto start = std::chrono::steady_clock::now();
         (void)scratch.completes({});
         return std::chrono::steady_clock::now() - start;

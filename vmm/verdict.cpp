@@ -32,6 +32,8 @@ std::string describe(const Verdict& verdict) {
     case Verdict::Kind::passed:
         return with_reason("passed");
     case Verdict::Kind::failed:
+        if (!verdict.reason.empty())
+            return with_reason("failed");
         return fmt::format("failed with code {} ({:#x})", verdict.code, verdict.code);
     case Verdict::Kind::reset:
         return with_reason(

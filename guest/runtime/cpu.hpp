@@ -40,7 +40,12 @@ inline void out8_string(std::uint16_t port, const void* bytes, std::size_t count
 // Control registers
 
 inline constexpr std::uint64_t cr0_wp = std::uint64_t{1} << 16;
+inline constexpr std::uint64_t cr0_am = std::uint64_t{1} << 18;
+inline constexpr std::uint64_t cr3_pcid = 0xfff;                      ///< with CR4.PCIDE
+inline constexpr std::uint64_t cr3_no_flush = std::uint64_t{1} << 63; ///< with CR4.PCIDE; reads as 0
 inline constexpr std::uint64_t cr4_pge = std::uint64_t{1} << 7;
+inline constexpr std::uint64_t cr4_pcide = std::uint64_t{1} << 17;
+inline constexpr std::uint64_t cr4_smap = std::uint64_t{1} << 21;
 
 #define UMBRA_GUEST_CONTROL_REGISTER(name)                                                                   \
     inline std::uint64_t read_##name() {                                                                     \
@@ -62,17 +67,33 @@ inline void invlpg(std::uint64_t address) {
     asm volatile("invlpg (%0)" : : "r"(address) : "memory");
 }
 
+/// What INVPCID drops (Intel SDM vol. 2A).
+enum class InvpcidType : std::uint64_t { address = 0, context = 1, all_and_global = 2, all = 3 };
+
+inline void invpcid(InvpcidType type, std::uint64_t pcid = 0, std::uint64_t address = 0) {
+    const std::uint64_t descriptor[2] = {pcid, address};
+    asm volatile("invpcid %0, %1" : : "m"(descriptor), "r"(type) : "memory");
+}
+
 // Flags and waiting
 
 inline constexpr std::uint64_t rflags_fixed = 0x2; ///< bit 1 always reads 1
 inline constexpr std::uint64_t rflags_tf = std::uint64_t{1} << 8;
 inline constexpr std::uint64_t rflags_if = std::uint64_t{1} << 9;
+inline constexpr std::uint64_t rflags_ac = std::uint64_t{1} << 18;
 
 inline void enable_interrupts() {
     asm volatile("sti" : : : "memory");
 }
 inline void disable_interrupts() {
     asm volatile("cli" : : : "memory");
+}
+/// With SMAP the kernel reaches user pages between these two: they set and clear RFLAGS.AC.
+inline void stac() {
+    asm volatile("stac" : : : "memory", "cc");
+}
+inline void clac() {
+    asm volatile("clac" : : : "memory", "cc");
 }
 /// Waits for the next interrupt, also one that is already pending: `sti` holds it back until `hlt` is
 /// reached.
@@ -126,6 +147,16 @@ inline unsigned physical_address_bits() {
 }
 inline bool has_1g_pages() {
     return (cpuid(0x8000'0001).edx & (1U << 26)) != 0;
+}
+
+inline bool has_pcid() {
+    return (cpuid(1).ecx & (1U << 17)) != 0;
+}
+inline bool has_invpcid() {
+    return (cpuid(7).ebx & (1U << 10)) != 0;
+}
+inline bool has_smap() {
+    return (cpuid(7).ebx & (1U << 20)) != 0;
 }
 
 inline std::uint64_t read_tsc() {

@@ -16,6 +16,10 @@ constexpr std::size_t stack_top = 0x9000,
 constexpr std::size_t code_begin = 0xa000;
 constexpr std::size_t pages_pdpt = 0xb000, pages_directory = 0xc000, pages_tables = 0xd000;
 constexpr std::size_t frames_behind = 0x100000; // what the pages show, in turn
+constexpr std::size_t more_pdpt = pages_tables + BareMachine::pages * sizeof(ShadowEntry),
+                      more_directory = more_pdpt + page_size;
+static_assert(more_directory + page_size <= frames_behind);
+constexpr MachinePhys more_memory{std::uint64_t{1} << 30};
 static_assert(pages_tables + BareMachine::pages * sizeof(ShadowEntry) <= frames_behind);
 static_assert(frames_behind + BareMachine::frames * page_size <= memory_bytes);
 
@@ -121,6 +125,15 @@ void BareMachine::resume(unsigned length) {
 
 void BareMachine::map(std::size_t number) {
     at(pages_tables)[number] = (frames_behind + number % frames * page_size) | rights;
+}
+
+void BareMachine::add_memory(std::span<std::byte> memory, WriteLog log) {
+    constexpr std::uint64_t large = std::uint64_t{2} << 20;
+    vm_.add_memory(more_slot, more_memory, memory, log);
+    at(root)[paging_4_level.root().index(more_begin)] = more_pdpt | rights;
+    at(more_pdpt)[0] = more_directory | rights;
+    for (std::size_t i = 0; i < memory.size() / large; ++i)
+        at(more_directory)[i] = (more_memory.value() + i * large) | rights | entry_bit::page_size;
 }
 
 } // namespace umbra::bench

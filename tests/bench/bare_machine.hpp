@@ -33,8 +33,16 @@ class BareMachine {
     void resume(unsigned length);
     /// Maps one of the pages.
     void map(std::size_t number);
+    /// Gives the machine `memory` (2 MB aligned, at most 1 GB) at `more_begin`, mapped by pages of 2 MB.
+    static constexpr GuestVirt more_begin{std::uint64_t{2} << 39};
+    void add_memory(std::span<std::byte> memory, WriteLog log);
+    /// Of that memory: Vm::written_pages.
+    [[nodiscard]] bool written_pages(std::span<std::uint64_t> bits) {
+        return vm_.written_pages(more_slot, bits);
+    }
 
   private:
+    static constexpr unsigned more_slot = 1;
     [[nodiscard]] std::uint64_t* at(std::size_t address);
 
     ResumeBy resume_;

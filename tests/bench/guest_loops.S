@@ -7,6 +7,7 @@
         .balign 4096
         .globl  bench_guest_begin, bench_guest_end
         .globl  bench_sensitive, bench_touch, bench_hash, bench_memory
+        .globl  bench_write, bench_switch, bench_change, bench_invlpg, bench_write_entry
 
 # The guest's entry: calls the routine in the mailbox, notes the time it took, tells the host by a line on the debug
 # console, and begins again, until the mailbox says that it was the last time.
@@ -49,6 +50,67 @@ bench_sensitive:
 bench_touch:
 1:      mov     (%rdi), %rax
         add     $4096, %rdi
+        dec     %rsi
+        jnz     1b
+        ret
+
+# (address, pages): writes to as many pages, with a trap before and after, again and again.
+        .balign 64
+bench_write:
+        mov     %rdi, %r8
+        mov     %rsi, %r9
+1:      mov     %cr0, %rax
+2:      mov     %rsi, (%rdi)
+        add     $4096, %rdi
+        dec     %rsi
+        jnz     2b
+        mov     %cr0, %rax
+        mov     %r8, %rdi
+        mov     %r9, %rsi
+        jmp     1b
+
+# (array of CR3 values, its length): loads one after the other, and reads what each space has for itself and what all
+# have in common.
+        .balign 64
+bench_switch:
+        mov     $BENCH_PRIVATE, %r8
+        mov     $BENCH_KERNEL, %r9
+1:      mov     (%rdi), %rax
+        mov     %rax, %cr3
+        mov     (%r8), %rax
+        mov     (%r9), %rax
+        add     $8, %rdi
+        dec     %rsi
+        jnz     1b
+        ret
+
+# (page-table entry of BENCH_KERNEL, times): maps another page there, and reads it.
+        .balign 64
+bench_change:
+        mov     $BENCH_KERNEL, %r9
+1:      xorq    $0x1000, (%rdi)
+        invlpg  (%r9)
+        mov     (%r9), %rax
+        dec     %rsi
+        jnz     1b
+        ret
+
+# (address, times)
+        .balign 64
+bench_invlpg:
+1:      invlpg  (%rdi)
+        dec     %rsi
+        jnz     1b
+        ret
+
+# (page-table entry, times): changes a bit of it that the CPU ignores, and flushes twice: once to see the change, and
+# once to see that there is no other.
+        .balign 64
+bench_write_entry:
+        mov     %cr3, %rdx
+1:      xorq    $0x200, (%rdi)
+        mov     %rdx, %cr3
+        mov     %rdx, %cr3
         dec     %rsi
         jnz     1b
         ret

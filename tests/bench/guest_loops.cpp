@@ -46,12 +46,13 @@ std::vector<std::byte> make_elf() {
 
 } // namespace
 
-LoopGuest::LoopGuest(const Kvm& kvm, const HostTraits& traits)
+LoopGuest::LoopGuest(const Kvm& kvm, const HostTraits& traits, MonitorOptions options)
     : machine_(kvm, {.memory_bytes = memory_bytes,
                      .pool_bytes = pool_bytes,
+                     .cpu = {},
                      .serial_output = {},
                      .debug_output = [this](std::span<const char> /*line*/) { between_(); }}),
-      monitor_(machine_, traits, boot_cpu(load_kernel(make_elf(), {}, machine_.memory()))) {}
+      monitor_(machine_, traits, boot_cpu(load_kernel(make_elf(), {}, machine_.memory())), options) {}
 
 LoopGuest::Mailbox& LoopGuest::mailbox() {
     return *reinterpret_cast<Mailbox*>(memory().range(GuestPhys(BENCH_MAILBOX), sizeof(Mailbox)).data());

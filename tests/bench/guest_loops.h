@@ -16,6 +16,10 @@
 /* Bytes of the instruction that bench_sensitive is about. */
 #define BENCH_SENSITIVE_SIZE 3
 
+/* What bench_switch reads in each address space, and what bench_change's entry maps: top-level slots 1 and 2. */
+#define BENCH_PRIVATE 0x8000000000
+#define BENCH_KERNEL 0x10000000000
+
 /* What bench_memory works on: a power of two. */
 #define BENCH_MEMORY_BYTES 0x400000
 

@@ -14,6 +14,11 @@ extern "C" {
 extern const std::byte bench_guest_begin[], bench_guest_end[];
 std::uint64_t bench_sensitive(std::uint64_t times);
 std::uint64_t bench_touch(std::uint64_t address, std::uint64_t pages);
+void bench_write(std::uint64_t address, std::uint64_t pages);
+void bench_switch(const std::uint64_t* roots, std::uint64_t count);
+void bench_change(std::uint64_t* entry, std::uint64_t times);
+void bench_invlpg(std::uint64_t address, std::uint64_t times);
+void bench_write_entry(std::uint64_t* entry, std::uint64_t times);
 std::uint64_t bench_hash(std::uint64_t times, std::uint64_t seed);
 std::uint64_t bench_memory(std::uint64_t* buffer, std::uint64_t times);
 }
@@ -34,7 +39,7 @@ template<class Loop>
 /// are compared with take turns.
 class LoopGuest {
   public:
-    LoopGuest(const Kvm& kvm, const HostTraits& traits);
+    LoopGuest(const Kvm& kvm, const HostTraits& traits, MonitorOptions options = {});
 
     /// The guest's orders and answers: guest_loops.h.
     struct Mailbox {
@@ -45,6 +50,7 @@ class LoopGuest {
     [[nodiscard]] Mailbox& mailbox();
     [[nodiscard]] const GuestMemory& memory() const { return machine_.memory(); }
     [[nodiscard]] TrapLog& log() { return monitor_.log(); }
+    [[nodiscard]] const MmuCounters& counters() { return monitor_.mmu()->counters(); }
 
     /// Runs the guest: `calls` calls of the loop at `offset`, with the arguments that the mailbox has at the
     /// time. `between` is called after each. False if the guest or the machine failed.

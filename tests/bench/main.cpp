@@ -3,6 +3,7 @@
 // Options are Google Benchmark's; --benchmark_out=FILE writes the numbers as JSON. A missed goal is no
 // failure: times depend on the machine and on what else it does.
 
+#include "shadow/shadow_tables.hpp"
 #include "tests/bench/result.hpp"
 
 namespace umbra::bench {
@@ -15,8 +16,93 @@ BENCHMARK(startup_resident)->Name("umbra run hello: resident")->Iterations(1);
 BENCHMARK(emulated_instruction)->Name("trap: emulated instruction")->Iterations(1);
 BENCHMARK(hidden_fault)->Name("trap: hidden fault")->Iterations(1);
 BENCHMARK(hidden_fault_in_umbra)->Name("hidden fault: in umbra")->Iterations(1);
-BENCHMARK(mmu_fault)->Name("hidden fault: Mmu::fault alone");
+BENCHMARK(guest_switch)->Name("trap: MOV CR3")->ArgName("spaces")->Arg(1)->Arg(16)->Arg(256)->Iterations(1);
+BENCHMARK(guest_kernel_change)
+    ->Name("trap: kernel mapping change")
+    ->ArgName("spaces")
+    ->Arg(1)
+    ->Arg(16)
+    ->Arg(256)
+    ->Iterations(1);
+BENCHMARK(guest_invlpg)->Name("trap: INVLPG")->Iterations(1);
+BENCHMARK(table_write_trap)->Name("table write: trap, and protected again")->Iterations(1);
+BENCHMARK(trap_cost)->Name("table write: trap, in comparisons")->Iterations(1);
+BENCHMARK(dirty_log_write)->Name("table write: first to a page in KVM's dirty log")->Iterations(1);
+BENCHMARK(dirty_log_fetch)
+    ->Name("KVM's dirty log of 64 MB")
+    ->ArgName("written")
+    ->Arg(1)
+    ->Arg(512)
+    ->Iterations(1);
+
+// Counted, not timed.
+BENCHMARK_CAPTURE(counted_traps, spaces, "spaces")->Name("traps of guest spaces")->Iterations(1);
+BENCHMARK_CAPTURE(counted_traps, paging, "paging")->Name("traps of guest paging")->Iterations(1);
+BENCHMARK_CAPTURE(counted_traps, user, "user")->Name("traps of guest user")->Iterations(1);
+BENCHMARK_CAPTURE(counted_traps, access, "access")->Name("traps of guest access")->Iterations(1);
+
 BENCHMARK(guest_walk)->Name("guest walk, 4 levels");
+
+// The Mmu alone.
+constexpr auto compare = static_cast<std::int64_t>(Sync::compare),
+               protect = static_cast<std::int64_t>(Sync::protect),
+               adaptive = static_cast<std::int64_t>(Sync::adaptive);
+BENCHMARK(mmu_fault)->Name("Mmu: hidden fault")->ArgName("MB")->Arg(16)->Arg(64)->Arg(256)->Iterations(1);
+BENCHMARK(mmu_fill)
+    ->Name("Mmu: fill, a page")
+    ->ArgNames({"MB", "prefetch"})
+    ->ArgsProduct({{16, 64, 256}, {16, 512}})
+    ->Iterations(1);
+BENCHMARK(mmu_resync)
+    ->Name("Mmu: resync, a table")
+    ->ArgNames({"MB", "changed"})
+    ->ArgsProduct({{16, 128, 1024}, {0, 1}})
+    ->Iterations(1);
+BENCHMARK(mmu_flush)
+    ->Name("Mmu: whole flush")
+    ->ArgNames({"MB", "sync"})
+    ->ArgsProduct({{16, 128, 1024}, {compare, protect, adaptive}})
+    ->Iterations(1);
+BENCHMARK(mmu_switch)
+    ->Name("Mmu: switch, nothing changed")
+    ->ArgNames({"spaces", "MB", "sync"})
+    ->ArgsProduct({{1, 16, 256}, {4, 128}, {compare, protect, adaptive}})
+    ->Iterations(1);
+BENCHMARK(mmu_switch_after_new_table)
+    ->Name("Mmu: switch after a new table")
+    ->ArgNames({"spaces", "MB", "sync"})
+    ->ArgsProduct({{1, 16, 256}, {4, 128}, {compare, protect}})
+    ->Iterations(1);
+BENCHMARK(mmu_kernel_change)
+    ->Name("Mmu: kernel mapping change")
+    ->ArgNames({"spaces", "sync"})
+    ->ArgsProduct({{1, 16, 256}, {compare, protect}})
+    ->Iterations(1);
+BENCHMARK(mmu_switch_after_kernel_change)
+    ->Name("Mmu: first switch after that")
+    ->ArgNames({"spaces", "sync"})
+    ->ArgsProduct({{1, 16, 256}, {compare, protect}})
+    ->Iterations(1);
+BENCHMARK(mmu_invalidate)
+    ->Name("Mmu: INVLPG")
+    ->ArgNames({"MB", "sync"})
+    ->ArgsProduct({{16, 128, 1024}, {compare, protect}})
+    ->Iterations(1);
+BENCHMARK(mmu_eviction)
+    ->Name("Mmu: fill in half the memory")
+    ->ArgName("tables")
+    ->Arg(64)
+    ->Arg(256)
+    ->Arg(1024)
+    ->Iterations(1);
+BENCHMARK(mmu_memory)
+    ->Name("Mmu: shadow of used memory")
+    ->ArgName("MB")
+    ->Arg(64)
+    ->Arg(256)
+    ->Arg(1024)
+    ->Iterations(1);
+
 BENCHMARK(guest_arithmetic)->Name("guest code: arithmetic")->Iterations(1);
 BENCHMARK(guest_memory)->Name("guest code: 4 MB of memory")->Iterations(1);
 

@@ -6,13 +6,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include <benchmark/benchmark.h>
 
 namespace umbra::bench {
 
-enum class Unit { nanoseconds, bytes };
+enum class Unit { nanoseconds, bytes, count, percent };
 
 /// What the issue or the user asks of a benchmark.
 struct Goal {
@@ -26,7 +27,8 @@ struct Result {
     double measured = 0;
     std::optional<double> baseline;
     double ratio = 0; ///< only with a baseline: as the goal counts it
-    Goal goal;
+    std::optional<Goal> goal{};
+    std::string note{}; ///< what else the reader must know
 };
 
 /// Hands `result` to the reporter, as counters of the benchmark: --benchmark_out has them, too.
@@ -53,9 +55,31 @@ void emulated_instruction(benchmark::State& state);
 void hidden_fault(benchmark::State& state);
 void hidden_fault_in_umbra(benchmark::State& state);
 void mmu_fault(benchmark::State& state);
+void mmu_fill(benchmark::State& state);
+void mmu_resync(benchmark::State& state);
+void mmu_flush(benchmark::State& state);
+void mmu_switch(benchmark::State& state);
+void mmu_switch_after_new_table(benchmark::State& state);
+void mmu_kernel_change(benchmark::State& state);
+void mmu_switch_after_kernel_change(benchmark::State& state);
+void mmu_invalidate(benchmark::State& state);
+void mmu_eviction(benchmark::State& state);
+void mmu_memory(benchmark::State& state);
+void counted_traps(benchmark::State& state, const char* guest);
+void guest_switch(benchmark::State& state);
+void guest_kernel_change(benchmark::State& state);
+void guest_invlpg(benchmark::State& state);
+void table_write_trap(benchmark::State& state);
+void trap_cost(benchmark::State& state);
+void dirty_log_fetch(benchmark::State& state);
+void dirty_log_write(benchmark::State& state);
 void guest_walk(benchmark::State& state);
 void guest_arithmetic(benchmark::State& state);
 void guest_memory(benchmark::State& state);
+
+/// What it takes, after a flush, to compare one of so many tables of level 1, in nanoseconds; `changes`:
+/// entries of each that the guest has changed.
+[[nodiscard]] double resync_time(std::size_t tables, std::size_t changes);
 
 /// Ticks of timestamp() as nanoseconds.
 [[nodiscard]] inline double nanoseconds(double ticks) {

@@ -1,71 +1,15 @@
 // A trap's round trip through umbra against the bare minimum, and what umbra itself adds to it.
 
-#include "tests/bench/bare_machine.hpp"
-#include "tests/bench/guest_loops.hpp"
-#include "tests/bench/result.hpp"
-#include "vmm/error.hpp"
+#include "tests/bench/trap_floor.hpp"
 #include "vmm/loader/boot_params.hpp"
 
 namespace umbra::bench {
 namespace {
 
-constexpr unsigned traps_a_slice = 20;
 constexpr unsigned slices = 300;
 static_assert(std::size_t{slices} * (traps_a_slice + 1) <= BareMachine::pages);
 
 constexpr Goal trap_goal{.of = Goal::Of::ratio, .bound = Goal::Bound::at_most, .value = 1.15};
-
-/// The bare minimum of either way back into the guest: the faster one is the baseline, whatever umbra chose.
-class BareTraps {
-  public:
-    explicit BareTraps(const Kvm& kvm)
-        : by_registers_{.machine = {kvm, loops_image(), ResumeBy::system_registers}, .times = {}},
-          by_iretq_{.machine = {kvm, loops_image(), ResumeBy::iretq}, .times = {}} {}
-
-    template<class Slice>
-    void time(Slice&& slice) {
-        for (Bare* bare : {&by_registers_, &by_iretq_}) {
-            const auto ticks = slice(bare->machine);
-            ok_ &= ticks.has_value();
-            bare->times.push_back(static_cast<double>(ticks.value_or(0)));
-        }
-    }
-    template<class Start>
-    void start(Start&& start) {
-        start(by_registers_.machine);
-        start(by_iretq_.machine);
-    }
-    [[nodiscard]] bool ok() const { return ok_; }
-    [[nodiscard]] double median_ticks() const {
-        return std::min(median(by_registers_.times), median(by_iretq_.times));
-    }
-
-  private:
-    struct Bare {
-        BareMachine machine;
-        std::vector<double> times;
-    };
-    Bare by_registers_, by_iretq_;
-    bool ok_ = true;
-};
-
-/// What `trap` takes, traps_a_slice times; nothing if it returns false once. The first one is not counted: as
-/// in the guest, the vCPU has been loaded when the clock is started.
-template<class Trap>
-std::optional<std::uint64_t> time_traps(Trap&& trap) {
-    if (!trap())
-        return std::nullopt;
-    const std::uint64_t start = timestamp();
-    for (unsigned i = 0; i < traps_a_slice; ++i) {
-        if (!trap())
-            return std::nullopt;
-    }
-    return timestamp() - start;
-}
-
-double per_trap(double ticks) {
-    return nanoseconds(ticks) / traps_a_slice;
-}
 
 void report_traps(benchmark::State& state, const std::vector<double>& times, const BareTraps& bare) {
     const double measured = per_trap(median(times)), baseline = per_trap(bare.median_ticks());
@@ -75,19 +19,12 @@ void report_traps(benchmark::State& state, const std::vector<double>& times, con
 void time_emulated_instruction(const Kvm& kvm, benchmark::State& state) {
     LoopGuest guest(kvm, probe_traits(kvm));
     BareTraps bare(kvm);
-    const std::size_t loop = loop_offset(bench_sensitive);
-    bare.start([&](BareMachine& machine) { machine.start(loop, ~std::uint64_t{0}, 0); });
+    start_instruction_traps(bare);
     guest.mailbox().first = traps_a_slice;
     std::vector<double> times;
-    const bool passed = guest.run(loop, slices, [&] {
+    const bool passed = guest.run(loop_offset(bench_sensitive), slices, [&] {
         times.push_back(static_cast<double>(guest.mailbox().ticks));
-        bare.time([](BareMachine& machine) {
-            return time_traps([&] {
-                const bool trapped = machine.run();
-                machine.resume(BENCH_SENSITIVE_SIZE);
-                return trapped;
-            });
-        });
+        time_instruction_traps(bare);
     });
     if (!passed || !bare.ok())
         return state.SkipWithError("the guest or the bare machine failed");
@@ -164,16 +101,6 @@ void time_hidden_fault_in_umbra(const Kvm& kvm, benchmark::State& state) {
         return state.SkipWithError("the guest failed");
     constexpr Goal goal{.of = Goal::Of::measured, .bound = Goal::Bound::at_most, .value = 1000};
     report(state, {Unit::nanoseconds, nanoseconds(median(times.in_umbra)), {}, 0, goal});
-}
-
-void with_kvm(benchmark::State& state, void (*run)(const Kvm&, benchmark::State&)) {
-    for ([[maybe_unused]] auto _ : state) {
-        try {
-            run(Kvm(), state);
-        } catch (const StartupError& error) {
-            state.SkipWithError(error.what());
-        }
-    }
 }
 
 } // namespace

@@ -16,7 +16,7 @@ namespace umbra {
 namespace {
 
 struct GuestRun {
-    std::string name, outcome, memory, console, engine;
+    std::string name, outcome, memory, cpu, console, engine;
 };
 
 std::ostream& operator<<(std::ostream& stream, const GuestRun& run) {
@@ -31,8 +31,8 @@ std::vector<GuestRun> all_runs() {
         return runs;
     for (const auto& guest : outcomes)
         for (const char* const engine : {"shadow", "native"})
-            runs.push_back(
-                {guest.at("name"), guest.at("outcome"), guest.at("memory"), guest.at("console"), engine});
+            runs.push_back({guest.at("name"), guest.at("outcome"), guest.at("memory"), guest.at("cpu"),
+                            guest.at("console"), engine});
     return runs;
 }
 
@@ -50,13 +50,26 @@ std::string emulation_defect(const std::string& guest) {
     return {};
 }
 
+/// Why this guest cannot pass natively on this KVM, whatever CPU it has; empty if it can.
+std::string kvm_defect(const std::string& guest) {
+    if (shadows_tables() && guest == "smap")
+        return "KVM's shadow paging takes what a CPU with AC set reads by itself for an access of the "
+               "program's, "
+               "and never resolves its fault";
+    return {};
+}
+
 class GuestTest : public KvmTest, public testing::WithParamInterface<GuestRun> {
   protected:
     void SetUp() override {
         KvmTest::SetUp();
         if (!IsSkipped() && !HasFatalFailure())
             require_engine(GetParam().engine);
-        if (!IsSkipped() && emulated_host() && GetParam().engine == "native")
+        if (IsSkipped() || GetParam().engine != "native")
+            return;
+        if (const std::string why = kvm_defect(GetParam().name); !why.empty())
+            GTEST_SKIP() << why;
+        if (emulated_host())
             if (const std::string why = emulation_defect(GetParam().name); !why.empty())
                 GTEST_SKIP() << why;
     }
@@ -64,6 +77,8 @@ class GuestTest : public KvmTest, public testing::WithParamInterface<GuestRun> {
 
 std::vector<std::string> arguments_for(const GuestRun& run) {
     std::vector<std::string> arguments{"run", "--engine", run.engine, "-m", run.memory};
+    if (!run.cpu.empty())
+        arguments.insert(arguments.end(), {"--cpu", run.cpu});
     if (run.outcome == "timeout")
         arguments.insert(arguments.end(), {"--timeout", "1.5"});
     arguments.push_back(guest_file(run.name));
@@ -115,8 +130,8 @@ TEST_P(ManyGuestsTest, RunAtTheSameTime) {
     std::vector<std::unique_ptr<Child>> children;
     children.reserve(guests.size());
     for (const std::string& guest : guests)
-        children.push_back(
-            std::make_unique<Child>(umbra_command(arguments_for({guest, "passed", "64M", "", GetParam()}))));
+        children.push_back(std::make_unique<Child>(
+            umbra_command(arguments_for({guest, "passed", "64M", "", "", GetParam()}))));
     for (std::size_t i = 0; i < children.size(); ++i) {
         const Ended& ended = children[i]->end();
         EXPECT_EQ(ended.exit_code, guests[i] == "fail" ? 1 : 0) << guests[i] << ": " << ended;

@@ -38,8 +38,8 @@ TEST(UsageTest, HelpGoesToStandardOutput) {
 TEST(UsageTest, HelpNamesEveryOptionAndExitCode) {
     const std::string help = run_umbra({"run", "--help"}).out;
     for (const char* const word :
-         {"-m,--memory", "--append", "--initrd", "--serial", "--timeout", "--expect",    "--engine",
-          "shadow",      "native",   "--stats",  "json",     "--trace",   "--qemu-exit", "\n  0 ",
+         {"-m,--memory", "--append", "--initrd", "--serial", "--timeout", "--expect", "--engine",    "--cpu",
+          "invpcid",     "shadow",   "native",   "--stats",  "json",      "--trace",  "--qemu-exit", "\n  0 ",
           "\n  1 ",      "\n  2 ",   "\n  3 ",   "\n  4 ",   "\n  124 ",  "\n  130 "})
         EXPECT_NE(help.find(word), std::string::npos) << word << " is not in\n" << help;
 }
@@ -70,6 +70,9 @@ TEST(UsageTest, BadOptionsAreNamed) {
         {{"run", "--timeout", "-1", hello}, "--timeout"},
         {{"run", "--timeout", "nan", hello}, "--timeout"},
         {{"run", "--timeout", "1e300", hello}, "--timeout"},
+        {{"run", "--cpu", "+la57", hello}, "'+la57' is not a feature"},
+        {{"run", "--cpu", "smap", hello}, "smap, smep, pcid, invpcid, pge, gbpages"},
+        {{"run", "--cpu"}, "--cpu"},
         {{"run", "--stats=xml", hello}, "--stats"},
         {{"run", "--stats=2", hello}, "--stats"},
         {{"run", "--log-level", "loud", hello}, "--log-level"},

@@ -78,6 +78,13 @@ class FakeEnvironment : public CpuEnvironment {
     bool invpcid_offered = true, nx_offered = true;
 };
 
+using Changes = std::vector<PagingChange>;
+
+PagingChange change(PagingChange::Kind kind, bool globals, std::uint16_t pcid = 0,
+                    std::uint64_t address = 0) {
+    return {kind, globals, pcid, GuestVirt(address)};
+}
+
 class EmulatorTest : public ::testing::Test {
   protected:
     using Bytes = std::initializer_list<unsigned>;
@@ -119,13 +126,8 @@ class EmulatorTest : public ::testing::Test {
         EXPECT_TRUE(std::holds_alternative<T>(result)) << "outcome " << result.index();
         return std::holds_alternative<T>(result) ? std::get<T>(result) : T{};
     }
-    PagingChange::Kind only_change() {
-        EXPECT_EQ(environment.changes.size(), 1U);
-        const auto kind =
-            environment.changes.empty() ? PagingChange::everything : environment.changes.back().kind;
-        environment.changes.clear();
-        return kind;
-    }
+    /// What the MMU was told of since it was last asked for.
+    std::vector<PagingChange> changes() { return std::exchange(environment.changes, {}); }
     /// A frame as IRETQ and far returns pop it; RSP points to it.
     void frame(std::initializer_list<std::uint64_t> items) {
         reg(Gpr::rsp) = (cpu.cpl == 3 ? TestGuest::user_stack : TestGuest::kernel_stack) - 0x100;
@@ -428,9 +430,9 @@ TEST_F(EmulatorTest, WriteCr0) {
     EXPECT_EQ(cpu.cr0, cr0 | cr0::ts); // ET is fixed
     EXPECT_TRUE(environment.changes.empty());
     EXPECT_EQ(write(cr0 & ~cr0::wp), no_fault);
-    EXPECT_EQ(only_change(), PagingChange::mode);
+    EXPECT_EQ(changes(), Changes{change(PagingChange::mode, false)});
     EXPECT_EQ(write(cr0 | cr0::cd | cr0::nw), no_fault);
-    only_change();
+    EXPECT_EQ(changes(), Changes{change(PagingChange::mode, false)}); // WP again
     const std::uint64_t before = cpu.cr0;
     EXPECT_EQ(write(cr0 | cr0::nw), gp());  // without CD
     EXPECT_EQ(write(cr0 & ~cr0::pg), gp()); // in 64-bit mode
@@ -457,8 +459,8 @@ TEST_F(EmulatorTest, WriteCr2AndCr8) {
 TEST_F(EmulatorTest, WriteCr3) {
     reg(Gpr::rax) = 0x12'3018;
     expect_done({0x0f, 0x22, 0xd8});
-    EXPECT_EQ(cpu.cr3, 0x12'3018U);
-    EXPECT_EQ(only_change(), PagingChange::cr3_load);
+    EXPECT_EQ(cpu.cr3, 0x12'3018U); // its low bits are no PCID
+    EXPECT_EQ(changes(), Changes{change(PagingChange::cr3_load, false)});
     cpu.cr3 = 0x1000;
     reg(Gpr::rax) = std::uint64_t{1} << 40; // beyond MAXPHYADDR
     EXPECT_EQ(fault({0x0f, 0x22, 0xd8}), gp());
@@ -470,12 +472,20 @@ TEST_F(EmulatorTest, WriteCr3) {
 
 TEST_F(EmulatorTest, WriteCr3WithPcid) {
     cpu.cr4 |= cr4::pcide;
-    reg(Gpr::rax) = std::uint64_t{1} << 63 | 0x5007;
+    reg(Gpr::rax) = std::uint64_t{1} << 63 | 0x1007;
     expect_done({0x0f, 0x22, 0xd8});
-    EXPECT_EQ(cpu.cr3, 0x5007U);
-    ASSERT_EQ(environment.changes.size(), 1U);
-    EXPECT_EQ(environment.changes[0].pcid, 7);
-    EXPECT_EQ(only_change(), PagingChange::cr3_load_no_flush);
+    EXPECT_EQ(cpu.cr3, 0x1007U); // bit 63 is not kept
+    EXPECT_EQ(changes(), Changes{change(PagingChange::cr3_load_no_flush, false, 7)});
+    reg(Gpr::rax) = 0x1fff;
+    expect_done({0x0f, 0x22, 0xd8});
+    EXPECT_EQ(cpu.cr3, 0x1fffU);
+    EXPECT_EQ(changes(), Changes{change(PagingChange::cr3_load, false, 0xfff)}); // the new one's are gone
+    for (const unsigned reserved : {40U, 61U, 62U}) {
+        reg(Gpr::rax) = std::uint64_t{1} << 63 | std::uint64_t{1} << reserved | 0x1007;
+        EXPECT_EQ(fault({0x0f, 0x22, 0xd8}), gp()) << reserved;
+    }
+    EXPECT_EQ(cpu.cr3, 0x1fffU);
+    EXPECT_EQ(changes(), Changes{});
 }
 
 TEST_F(EmulatorTest, WriteCr4) {
@@ -487,18 +497,26 @@ TEST_F(EmulatorTest, WriteCr4) {
     EXPECT_EQ(write(cr4 | cr4::umip), no_fault);
     EXPECT_EQ(cpu.cr4, cr4 | cr4::umip);
     EXPECT_TRUE(environment.changes.empty());
+    const PagingChange everything = change(PagingChange::everything, true);
+    const PagingChange mode = change(PagingChange::mode, false);
     EXPECT_EQ(write(cr4 & ~cr4::pge), no_fault);
-    EXPECT_EQ(only_change(), PagingChange::everything);
+    EXPECT_EQ(changes(), Changes{everything});
     EXPECT_EQ(write(cr4), no_fault);
-    EXPECT_EQ(only_change(), PagingChange::everything);
-    EXPECT_EQ(write(cr4 | cr4::smep), no_fault);
-    EXPECT_EQ(only_change(), PagingChange::mode);
+    EXPECT_EQ(changes(), Changes{everything});
+    EXPECT_EQ(write(cr4 | cr4::smep), no_fault); // being set, it flushes; being cleared, not
+    EXPECT_EQ(changes(), (Changes{mode, change(PagingChange::context, true)}));
     EXPECT_EQ(write(cr4), no_fault);
-    only_change();
-    EXPECT_EQ(write(cr4 | cr4::pcide), no_fault);
-    EXPECT_TRUE(environment.changes.empty());
+    EXPECT_EQ(changes(), Changes{mode});
+    EXPECT_EQ(write((cr4 | cr4::smep) & ~cr4::pge), no_fault);
+    EXPECT_EQ(changes(), (Changes{mode, everything}));
     EXPECT_EQ(write(cr4), no_fault);
-    EXPECT_EQ(only_change(), PagingChange::everything);
+    EXPECT_EQ(changes(), (Changes{mode, everything}));
+    EXPECT_EQ(write(cr4 | cr4::smap), gp()); // not offered
+    environment.allowed |= cr4::smap;
+    EXPECT_EQ(write(cr4 | cr4::smap), no_fault);
+    EXPECT_EQ(changes(), Changes{mode});
+    EXPECT_EQ(write(cr4), no_fault);
+    EXPECT_EQ(changes(), Changes{mode});
     cpu.cr3 |= 1;
     EXPECT_EQ(write(cr4 | cr4::pcide), gp()); // CR3 holds a PCID already
     EXPECT_EQ(write(cr4 & ~cr4::pae), gp());
@@ -1072,15 +1090,38 @@ TEST_F(EmulatorTest, SoftwareInterrupts) {
 
 // --- Translation caches
 
+TEST_F(EmulatorTest, WriteCr4WithPcid) {
+    const std::uint64_t cr4 = cpu.cr4;
+    const auto write = [this](std::uint64_t value) {
+        reg(Gpr::rax) = value;
+        return fault({0x0f, 0x22, 0xe0});
+    };
+    cpu.cr3 |= 0x1000 | 0xfff;
+    EXPECT_EQ(write(cr4 | cr4::pcide), gp());
+    cpu.cr3 &= ~std::uint64_t{0xfff};
+    EXPECT_EQ(write(cr4 | cr4::pcide), no_fault);
+    EXPECT_EQ(changes(), Changes{}); // all that was translated so far belongs to PCID 0
+    cpu.cr3 |= 9;
+    EXPECT_EQ(write(cr4 | cr4::pcide | cr4::smep), no_fault); // CR3 may hold one now
+    EXPECT_EQ(changes(),
+              (Changes{change(PagingChange::mode, false, 9), change(PagingChange::context, true, 9)}));
+    EXPECT_EQ(write(cr4 | cr4::smep), no_fault); // turned off under a PCID: everything goes
+    EXPECT_EQ(changes(), Changes{change(PagingChange::everything, true)});
+    EXPECT_EQ(cpu.cr3 & 0xfff, 9U);
+    environment.allowed &= ~cr4::pcide;
+    cpu.cr3 &= ~std::uint64_t{0xfff};
+    EXPECT_EQ(write(cpu.cr4 | cr4::pcide), gp()); // not offered
+}
+
 TEST_F(EmulatorTest, InvalidatePage) {
     cpu.cr4 |= cr4::pcide;
     cpu.cr3 |= 5;
     reg(Gpr::rax) = 0xffff'8000'0000'1234;
     expect_done({0x0f, 0x01, 0x38});
-    ASSERT_EQ(environment.changes.size(), 1U);
-    EXPECT_EQ(environment.changes[0].address, GuestVirt(0xffff'8000'0000'1234));
-    EXPECT_EQ(environment.changes[0].pcid, 5);
-    EXPECT_EQ(only_change(), PagingChange::page);
+    EXPECT_EQ(changes(), Changes{change(PagingChange::page, true, 5, 0xffff'8000'0000'1234)});
+    cpu.cr4 &= ~cr4::pcide;
+    expect_done({0x0f, 0x01, 0x38});
+    EXPECT_EQ(changes(), Changes{change(PagingChange::page, true, 0, 0xffff'8000'0000'1234)});
     reg(Gpr::rax) = TestGuest::non_canonical;
     expect_done({0x0f, 0x01, 0x38}); // nothing happens
     EXPECT_TRUE(environment.changes.empty());
@@ -1097,24 +1138,42 @@ TEST_F(EmulatorTest, InvalidatePcid) {
         return fault({0x66, 0x0f, 0x38, 0x82, 0x0b}); // invpcid rcx, [rbx]
     };
     cpu.cr4 |= cr4::pcide;
+    cpu.cr3 |= 5;
     EXPECT_EQ(invalidate(0, 9, 0x5000), no_fault);
-    ASSERT_EQ(environment.changes.size(), 1U);
-    EXPECT_EQ(environment.changes[0].address, GuestVirt(0x5000));
-    EXPECT_EQ(environment.changes[0].pcid, 9);
-    EXPECT_EQ(only_change(), PagingChange::page);
-    EXPECT_EQ(invalidate(1, 9, TestGuest::non_canonical), no_fault);
-    EXPECT_EQ(only_change(), PagingChange::context);
-    EXPECT_EQ(invalidate(2, 0, 0), no_fault);
-    EXPECT_EQ(only_change(), PagingChange::everything);
-    EXPECT_EQ(invalidate(3, 0, 0), no_fault);
-    EXPECT_EQ(only_change(), PagingChange::all_contexts);
+    EXPECT_EQ(changes(), Changes{change(PagingChange::page, false, 9, 0x5000)}); // unlike INVLPG
+    EXPECT_EQ(invalidate(1, 0xfff, TestGuest::non_canonical), no_fault);
+    EXPECT_EQ(changes(), Changes{change(PagingChange::context, false, 0xfff)});
+    EXPECT_EQ(invalidate(2, 9, TestGuest::non_canonical), no_fault);
+    EXPECT_EQ(changes(), Changes{change(PagingChange::everything, true, 5)});
+    EXPECT_EQ(invalidate(3, 9, TestGuest::non_canonical), no_fault);
+    EXPECT_EQ(changes(), Changes{change(PagingChange::all_contexts, false, 5)});
     EXPECT_EQ(invalidate(4, 0, 0), gp());
     EXPECT_EQ(invalidate(~std::uint64_t{0}, 0, 0), gp());
-    EXPECT_EQ(invalidate(2, 0x1000, 0), gp()); // reserved bits
+    EXPECT_EQ(invalidate(std::uint64_t{1} << 32, 0, 0), gp()); // all 64 bits count
+    for (const std::uint64_t type : {0U, 1U, 2U, 3U}) {
+        EXPECT_EQ(invalidate(type, 0x1000, 0), gp()); // reserved bits
+        EXPECT_EQ(invalidate(type, std::uint64_t{1} << 63, 0), gp());
+    }
     EXPECT_EQ(invalidate(0, 0, TestGuest::non_canonical), gp());
+    EXPECT_EQ(changes(), Changes{});
+    guest.map(TestGuest::data, 0);
+    EXPECT_EQ(invalidate(2, 0, 0), pf(0)); // the descriptor is read for every type
+    EXPECT_EQ(invalidate(4, 0, 0), gp());
+    guest.map(TestGuest::data, TestGuest::kernel_rights);
+    reg(Gpr::rcx) = 2;
+    reg(Gpr::rbx) = TestGuest::non_canonical;
+    EXPECT_EQ(fault({0x66, 0x0f, 0x38, 0x82, 0x0b}), gp());
     cpu.cr4 &= ~cr4::pcide;
-    EXPECT_EQ(invalidate(1, 9, 0), gp()); // without PCIDs there is only 0
+    EXPECT_EQ(invalidate(0, 9, 0), gp()); // without PCIDs there is only 0
+    EXPECT_EQ(invalidate(1, 9, 0), gp());
+    EXPECT_EQ(changes(), Changes{});
+    EXPECT_EQ(invalidate(0, 0, 0x5000), no_fault);
     EXPECT_EQ(invalidate(1, 0, 0), no_fault);
+    EXPECT_EQ(invalidate(2, 9, 0), no_fault); // which do not use it
+    EXPECT_EQ(invalidate(3, 9, 0), no_fault);
+    EXPECT_EQ(changes(),
+              (Changes{change(PagingChange::page, false, 0, 0x5000), change(PagingChange::context, false),
+                       change(PagingChange::everything, true), change(PagingChange::all_contexts, false)}));
     environment.invpcid_offered = false;
     EXPECT_EQ(invalidate(2, 0, 0), ud());
     environment.invpcid_offered = true;
@@ -1188,7 +1247,7 @@ TEST_F(MsrTest, Efer) {
     EXPECT_TRUE(environment.changes.empty());
     EXPECT_EQ(write(0xc000'0080, before & ~(efer::nxe | efer::lma)), no_fault);
     EXPECT_EQ(cpu.efer, before & ~efer::nxe); // LMA is not written
-    EXPECT_EQ(only_change(), PagingChange::mode);
+    EXPECT_EQ(changes(), Changes{change(PagingChange::mode, false)});
     EXPECT_EQ(write(0xc000'0080, before & ~efer::lme), gp()); // with paging on
     EXPECT_EQ(write(0xc000'0080, before | 1U << 12), gp());   // SVME
     environment.nx_offered = false;
@@ -1272,8 +1331,103 @@ TEST_F(EmulatorTest, AccessFlag) {
     EXPECT_NE(cpu.rflags & rflags::alignment_check, 0U);
     expect_done({0x0f, 0x01, 0xca});
     EXPECT_EQ(cpu.rflags & rflags::alignment_check, 0U);
+    EXPECT_EQ(fault({0xf0, 0x0f, 0x01, 0xcb}), ud()); // with LOCK
     user(3);
     EXPECT_EQ(fault({0x0f, 0x01, 0xcb}), ud());
+    EXPECT_EQ(fault({0x0f, 0x01, 0xca}), ud());
+}
+
+// --- What SMAP lets the kernel's instructions do
+
+class SupervisorAccessTest : public EmulatorTest {
+  protected:
+    SupervisorAccessTest() {
+        environment.allowed |= cr4::smap;
+        cpu.cr4 |= cr4::smap;
+        reg(Gpr::rbx) = TestGuest::user_data;
+        reg(Gpr::rcx) = 3;
+    }
+    void set_ac() { cpu.rflags |= rflags::alignment_check; }
+
+    static inline const Fault read_fault = pf(PageFault::present);
+    static inline const Fault write_fault = pf(PageFault::present | PageFault::write);
+};
+
+TEST_F(SupervisorAccessTest, ExplicitAccessesNeedAc) {
+    const std::uint64_t idt = cpu.idtr.base.value();
+    guest.put<std::uint16_t>(TestGuest::user_data, 0); // null, for the far pointer and the load of FS
+    EXPECT_EQ(fault({0x66, 0x0f, 0x38, 0x82, 0x0b}), read_fault); // invpcid rcx, [rbx]
+    EXPECT_EQ(fault({0x0f, 0x01, 0x1b}), read_fault);             // lidt [rbx]
+    EXPECT_EQ(fault({0x8e, 0x23}), read_fault);                   // mov fs, [rbx]
+    EXPECT_EQ(fault({0x0f, 0x01, 0x03}), write_fault);            // sgdt [rbx]
+    EXPECT_EQ(fault({0x0f, 0x00, 0x03}), write_fault);            // sldt [rbx]
+    reg(Gpr::rdx) = 0x3f8;
+    reg(Gpr::rsi) = reg(Gpr::rdi) = TestGuest::user_data;
+    EXPECT_EQ(fault({0x6e}), read_fault);  // outsb
+    EXPECT_EQ(fault({0x6c}), write_fault); // insb
+    EXPECT_TRUE(environment.reads.empty() && environment.writes.empty());
+    reg(Gpr::rsp) = TestGuest::user_data;
+    EXPECT_EQ(fault({0x48, 0xcf}), read_fault); // iretq, from a stack in user memory
+    EXPECT_EQ(fault({0x0f, 0xa1}), read_fault); // pop fs
+    EXPECT_EQ(cpu.idtr.base, GuestVirt(idt));
+
+    set_ac();
+    EXPECT_EQ(fault({0x66, 0x0f, 0x38, 0x82, 0x0b}), no_fault);
+    EXPECT_EQ(fault({0x8e, 0x23}), no_fault);
+    EXPECT_EQ(fault({0x0f, 0x01, 0x03}), no_fault);
+    EXPECT_EQ(fault({0x0f, 0x00, 0x03}), no_fault);
+    EXPECT_EQ(fault({0x6e}), no_fault);
+    EXPECT_EQ(fault({0x6c}), no_fault);
+    guest.put<std::uint64_t>(TestGuest::user_data, 0);
+    reg(Gpr::rsp) = TestGuest::user_data;
+    EXPECT_EQ(fault({0x0f, 0xa1}), no_fault);
+    EXPECT_EQ(fault({0x48, 0xcf}), gp()); // the null CS that it finds there
+}
+
+TEST_F(SupervisorAccessTest, ImplicitAccessesAreNotHelpedByAc) {
+    for (const bool with_ac : {false, true}) {
+        guest.enter_kernel();
+        cpu.rflags = rflags::fixed | (with_ac ? rflags::alignment_check : 0);
+        guest.map(TestGuest::gdt, TestGuest::all_rights);
+        reg(Gpr::rax) = sel::user_data;
+        EXPECT_EQ(fault({0x8e, 0xe0}), read_fault) << with_ac; // mov fs, eax
+        guest.map(TestGuest::gdt, TestGuest::kernel_rights);
+        EXPECT_EQ(fault({0x8e, 0xe0}), no_fault);
+        // A program's: the port permission bitmap, and a descriptor.
+        user();
+        cpu.rflags |= with_ac ? rflags::alignment_check : 0;
+        reg(Gpr::rdx) = 0x3f8;
+        guest.map(TestGuest::tss, TestGuest::all_rights);
+        EXPECT_EQ(fault({0xec}), read_fault) << with_ac;
+        guest.map(TestGuest::tss, TestGuest::kernel_rights);
+        EXPECT_EQ(fault({0xec}), gp());
+        guest.map(TestGuest::gdt, TestGuest::all_rights);
+        reg(Gpr::rax) = sel::user_data;
+        EXPECT_EQ(fault({0x8e, 0xe0}), read_fault) << with_ac;
+        guest.map(TestGuest::gdt, TestGuest::kernel_rights);
+    }
+}
+
+TEST_F(SupervisorAccessTest, ProgramsAndFetchesAreNotConcerned) {
+    guest.map(TestGuest::code, TestGuest::all_rights);
+    EXPECT_EQ(fault({0xfa}), no_fault); // cli: SMEP is off
+    user(3);
+    reg(Gpr::rbx) = TestGuest::user_data;
+    EXPECT_EQ(fault({0x0f, 0x01, 0x03}), no_fault); // sgdt [rbx]
+}
+
+TEST_F(SupervisorAccessTest, SystemCallTakesAcAwayAndReturnBringsItBack) {
+    user();
+    set_ac();
+    cpu.star = std::uint64_t{sel::kernel_code} << 32;
+    cpu.lstar = TestGuest::code;
+    cpu.fmask = rflags::alignment_check;
+    EXPECT_FALSE(emulate_syscall(cpu, GuestVirt(TestGuest::user_code + 2)).has_value());
+    EXPECT_EQ(cpu.rflags & rflags::alignment_check, 0U);
+    EXPECT_NE(reg(Gpr::r11) & rflags::alignment_check, 0U);
+    cpu.star = std::uint64_t{sel::user_code_32} << 48;
+    EXPECT_EQ(fault({0x48, 0x0f, 0x07}), no_fault);
+    EXPECT_NE(cpu.rflags & rflags::alignment_check, 0U);
 }
 
 TEST_F(EmulatorTest, NotOffered) {

@@ -74,6 +74,9 @@ class FakeMachine {
         bool gigabyte_pages = true;
         unsigned first_slot = 300;
         bool audits = true; ///< at each entry
+        Sync sync = Sync::compare;
+        unsigned trap_cost = 4;
+        unsigned prefetch = 1;
     };
 
     explicit FakeMachine() : FakeMachine(Options{}) {}
@@ -82,7 +85,8 @@ class FakeMachine {
           pool_memory_(options.pool_pages * page_size), memory({{GuestPhys(0), low_.bytes().first(hole)},
                                                                 {GuestPhys(mb), low_.bytes().subspan(mb)},
                                                                 {GuestPhys(high), high_.bytes()}}),
-          pool(pool_first, pool_memory_.bytes()), mmu(memory, pool, config(options), switcher) {}
+          pool(pool_first, pool_memory_.bytes()), tables(memory, pool, config(options), switcher),
+          mmu(tables) {}
 
     static MmuConfig config(const Options& options) {
         MmuConfig config;
@@ -91,6 +95,9 @@ class FakeMachine {
         config.gigabyte_pages = options.gigabyte_pages;
         config.stores_seen = options.stores_seen;
         config.first_slot = options.first_slot;
+        config.sync = options.sync;
+        config.trap_cost = options.trap_cost;
+        config.prefetch = options.prefetch;
         return config;
     }
 
@@ -98,7 +105,18 @@ class FakeMachine {
 
     /// A page of RAM that nobody uses yet, zeroed.
     [[nodiscard]] GuestFrame new_frame() { return std::exchange(next_frame_, next_frame_ + 1); }
-    void put(GuestPhys slot, GuestEntry entry) { EXPECT_TRUE(memory.write(slot, entry.raw())); }
+    /// A store by the guest: unseen where the machine may write to the frame, a trap elsewhere.
+    void store(GuestPhys slot, std::uint64_t value) {
+        const bool unseen = std::ranges::any_of(tlb_, [&](const auto& cached) {
+            return cached.second.writable && cached.second.page.number() == slot.frame().number();
+        });
+        if (!unseen)
+            (void)tables.wrote(slot, sizeof(value));
+        EXPECT_TRUE(memory.write(slot, value));
+        if (!unseen && options_.sync == Sync::trap)
+            (void)tables.wrote(slot, sizeof(value));
+    }
+    void put(GuestPhys slot, GuestEntry entry) { store(slot, entry.raw()); }
     [[nodiscard]] GuestEntry get(GuestPhys slot) const {
         return GuestEntry(memory.read<std::uint64_t>(slot).value());
     }
@@ -164,8 +182,11 @@ class FakeMachine {
                 return {};
             }
             const MissResult miss = mmu.fault(at, access);
+            if (miss.outcome == Miss::table_write)
+                mmu.begin_table_write(at, access);
             enter();
             switch (miss.outcome) {
+            case Miss::table_write:
             case Miss::filled:
                 break;
             case Miss::guest_fault:
@@ -189,8 +210,9 @@ class FakeMachine {
         if (options_.audits) {
             EXPECT_EQ(mmu.audit(), std::nullopt);
         }
-        const MachineFrame root = mmu.root(user_);
-        const Debt& debt = mmu.debt();
+        MachineState state = mmu.enter(user_);
+        const MachineFrame root = state.root;
+        const Debt& debt = state.debt;
         if (root_ && pool.entries(*pool.page_of(*root_))[mmu.reserved_slot()] != switcher && !debt.root_gone)
             ADD_FAILURE() << "the loaded root does not carry the switcher, and the debt does not say so";
         if (debt.flush || root_ != root)
@@ -199,7 +221,7 @@ class FakeMachine {
             copies_[TablePool::number(table)].clear();
         flushes_paid += debt.flush ? 1 : 0;
         tables_paid += debt.tables.size();
-        mmu.debt_paid();
+        state.debt.paid();
         root_ = root;
     }
 
@@ -288,6 +310,7 @@ class FakeMachine {
     GuestPaging paging;
     GuestMemory memory;
     TablePool pool;
+    ShadowTables tables;
     Mmu mmu;
 };
 

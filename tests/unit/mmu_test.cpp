@@ -1,103 +1,19 @@
 // Unit tests of shadow/mmu.hpp on a machine in plain memory: filling, rights, keeping up with the guest, the
 // switcher's slot, the pool's limits, debts, and each rule of the audit.
-#include "tests/unit/fake_machine.hpp"
+#include "tests/unit/mmu_machine.hpp"
 
 #include <algorithm>
+#include <array>
+#include <functional>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
 
-namespace umbra {
+namespace umbra::test {
 namespace {
-
-using test::FakeMachine;
-using test::Outcome;
-
-constexpr std::uint64_t p = entry_bit::present, rw = entry_bit::writable, us = entry_bit::user,
-                        ps = entry_bit::page_size, xd = entry_bit::no_execute, a = entry_bit::accessed,
-                        d = entry_bit::dirty;
-constexpr std::uint64_t kernel_bits = p | rw, user_bits = p | rw | us;
-constexpr std::uint64_t mb = FakeMachine::mb, gb = FakeMachine::gb;
-
-// Addresses with a different index at each level.
-constexpr GuestVirt at{0x0123'4567'8000};
-constexpr GuestVirt neighbour = at + page_size; ///< in the same table
-constexpr GuestVirt far = at + 3 * gb + 7 * mb; ///< shares the root only
-constexpr GuestVirt kernel_at{0xffff'9000'0000'0000};
-constexpr GuestVirt giant = GuestVirt(at.value() & ~(gb - 1)), large = GuestVirt(at.value() & ~(2 * mb - 1));
-
-/// The access reaches this byte of the page.
-Outcome mapped(GuestFrame frame, std::uint64_t offset = 0) {
-    return {.address = MachineFrame(frame.number()).base() + offset, .error_code = {}};
-}
-Outcome leads_nowhere(std::uint64_t offset = 0) {
-    return {.address = FakeMachine::nothing.base() + offset, .error_code = {}};
-}
-Outcome fault(std::uint32_t code) {
-    return {.address = {}, .error_code = code};
-}
-constexpr std::uint32_t present = PageFault::present, write = PageFault::write, user = PageFault::user,
-                        reserved = PageFault::reserved, fetch = PageFault::fetch;
-
-/// A machine with one address space loaded.
-class Machine : public FakeMachine {
-  public:
-    explicit Machine(const Options& options = {}) : FakeMachine(options), root(new_frame()) {
-        load_cr3(root);
-    }
-
-    using FakeMachine::map;
-    void map(GuestVirt address, GuestFrame frame, std::uint64_t bits = user_bits, unsigned level = 1) {
-        map(root, address, frame, bits, level);
-    }
-    /// Maps a new page.
-    GuestFrame map_new(GuestVirt address, std::uint64_t bits = user_bits) {
-        const GuestFrame frame = new_frame();
-        map(address, frame, bits);
-        return frame;
-    }
-    [[nodiscard]] GuestEntry entry(GuestVirt address, unsigned level = 1) const {
-        return get(slot(root, address, level));
-    }
-    void set_entry(GuestVirt address, std::uint64_t raw, unsigned level = 1) {
-        put(slot(root, address, level), GuestEntry(raw));
-    }
-    /// Sets bits of an entry to those of `bits` under `mask`.
-    void change(GuestVirt address, std::uint64_t mask, std::uint64_t bits, unsigned level = 1) {
-        set_entry(address, (entry(address, level).raw() & ~mask) | bits, level);
-    }
-    /// An address space that shares the kernel half of this one.
-    GuestFrame new_space() {
-        const GuestFrame space = new_frame();
-        for (unsigned i = entries_per_table / 2; i < entries_per_table; ++i)
-            put(FakeMachine::slot_of(space, i), get(FakeMachine::slot_of(root, i)));
-        return space;
-    }
-    /// The entry of the shadow tables at `level`; not present if the walk ends before.
-    [[nodiscard]] ShadowEntry shadow(GuestVirt address, unsigned level = 1, bool as_user = false) {
-        for (const auto& step : mmu.shadow_walk(address, as_user)) {
-            if (step.level->number == level)
-                return step.entry;
-        }
-        return ShadowEntry();
-    }
-    /// The table of `level` that translates `address`, and the entry in it.
-    [[nodiscard]] TableIndex table(GuestVirt address, unsigned level) {
-        for (const auto& step : mmu.shadow_walk(address, user())) {
-            if (step.level->number == level)
-                return pool.page_of(step.slot.frame()).value();
-        }
-        ADD_FAILURE() << "no table of level " << level;
-        return TableIndex{};
-    }
-    [[nodiscard]] ShadowEntry& shadow_slot(GuestVirt address, unsigned level = 1) {
-        return pool.entries(table(address, level))[paging_4_level.level(level).index(address)];
-    }
-
-    GuestFrame root;
-};
 
 // ---- Filling
 
@@ -185,6 +101,179 @@ TEST(MmuFill, MoreRightsNeedNoFlush) {
     m.change(at, 0, us);
     m.set_user(true);
     EXPECT_EQ(m.read(at), mapped(page));
+}
+
+// ---- Prefetch
+
+/// `at` lies in the middle of a group of 16, which begins here.
+constexpr GuestVirt group = at - 8 * page_size;
+static_assert(paging_4_level.level(1).index(group) % 16 == 0);
+
+TEST(MmuPrefetch, FillsWhatTheGuestHasAccessedBefore) {
+    Machine m({.prefetch = 16});
+    const GuestFrame page = m.map_new(at), clean = m.map_new(group, user_bits | a),
+                     dirty = m.map_new(neighbour, user_bits | a | d),
+                     last = m.map_new(group + 15 * page_size, user_bits | a | d);
+    const GuestFrame fresh = m.map_new(at + 2 * page_size), strange = m.new_frame();
+    m.map(at + 3 * page_size, strange, user_bits | a | (std::uint64_t{1} << 50)); // reserved
+    m.map(at + 4 * page_size, strange, (user_bits & ~p) | a | d);
+    const GuestFrame before = m.map_new(group - page_size, user_bits | a),
+                     behind = m.map_new(group + 16 * page_size, user_bits | a);
+    EXPECT_EQ(m.read(at), mapped(page));
+    EXPECT_EQ(m.mmu.counters().fills, 1U);
+    EXPECT_EQ(m.mmu.counters().prefetched, 3U);
+
+    EXPECT_EQ(m.write(neighbour), mapped(dirty));
+    EXPECT_EQ(m.misses(), 0U);
+    EXPECT_EQ(m.write(group + 15 * page_size), mapped(last));
+    EXPECT_EQ(m.misses(), 0U);
+    EXPECT_EQ(m.read(group), mapped(clean));
+    EXPECT_EQ(m.misses(), 0U);
+    EXPECT_EQ(m.write(group), mapped(clean)) << "the first write must set dirty";
+    EXPECT_EQ(m.misses(), 1U);
+    EXPECT_TRUE(m.entry(group).dirty());
+    EXPECT_FALSE(m.entry(at + 2 * page_size).accessed());
+    EXPECT_EQ(m.read(at + 2 * page_size), mapped(fresh));
+    EXPECT_EQ(m.misses(), 1U) << "its use must set accessed";
+    EXPECT_EQ(m.read(at + 3 * page_size), fault(present | reserved));
+    EXPECT_EQ(m.read(at + 4 * page_size), fault(0));
+    EXPECT_EQ(m.read(group - page_size), mapped(before));
+    EXPECT_EQ(m.misses(), 1U) << "outside the group";
+    EXPECT_EQ(m.read(group + 16 * page_size), mapped(behind));
+    EXPECT_EQ(m.misses(), 1U) << "outside the group";
+}
+
+TEST(MmuPrefetch, ChangesNothingInTheGuestsTables) {
+    Machine m({.prefetch = 512});
+    const GuestVirt first = large;
+    for (std::uint64_t i = 0; i < entries_per_table; ++i)
+        m.map(first + i * page_size, m.new_frame(),
+              (i % 2 != 0 ? user_bits : user_bits | a) | (i % 3 != 0 ? 0 : d));
+    std::vector<GuestEntry> before;
+    for (std::uint64_t i = 0; i < entries_per_table; ++i)
+        before.push_back(m.entry(first + i * page_size));
+    m.read(first + 10 * page_size); // is marked
+    EXPECT_EQ(m.mmu.counters().prefetched, 255U);
+    for (std::uint64_t i = 0; i < entries_per_table; ++i)
+        EXPECT_EQ(m.entry(first + i * page_size), before[i]) << i;
+}
+
+TEST(MmuPrefetch, StaysInTheTable) {
+    Machine m({.prefetch = 512});
+    m.map_new(large - page_size, user_bits | a);
+    m.map_new(large, user_bits | a);
+    m.map_new(large + 511 * page_size, user_bits | a);
+    m.map_new(large + 512 * page_size, user_bits | a);
+    m.map_new(at);
+    m.read(at);
+    EXPECT_EQ(m.mmu.counters().prefetched, 2U);
+    for (const GuestVirt inside : {large, large + 511 * page_size}) {
+        m.read(inside);
+        EXPECT_EQ(m.misses(), 0U);
+    }
+    for (const GuestVirt outside : {large - page_size, large + 512 * page_size}) {
+        m.read(outside);
+        EXPECT_EQ(m.misses(), 1U);
+    }
+}
+
+TEST(MmuPrefetch, OneMeansNone) {
+    Machine m({.prefetch = 1});
+    m.map_new(at);
+    m.map_new(neighbour, user_bits | a);
+    m.read(at);
+    EXPECT_EQ(m.mmu.counters().prefetched, 0U);
+}
+
+TEST(MmuPrefetch, GivesEachPageItsOwnRights) {
+    Machine m({.prefetch = 16});
+    m.map_new(at);
+    const GuestFrame constant = m.map_new(neighbour, p | us | a | d),
+                     data = m.map_new(group, user_bits | a | d | xd);
+    m.read(at);
+    EXPECT_EQ(m.mmu.counters().prefetched, 2U);
+    EXPECT_EQ(m.read(neighbour), mapped(constant));
+    EXPECT_EQ(m.write(neighbour), fault(present | write));
+    EXPECT_EQ(m.write(group), mapped(data));
+    EXPECT_EQ(m.misses(), 0U);
+    EXPECT_EQ(m.fetch(group), fault(present | fetch));
+}
+
+TEST(MmuPrefetch, HeedsWhoMayUseThePage) {
+    const auto filled = [](bool as_user, bool smep, bool smap, bool by_fetch) {
+        Machine m({.prefetch = 16});
+        m.paging.smep = smep;
+        m.paging.smap = smap;
+        m.set_control();
+        m.map_new(at, as_user ? user_bits : kernel_bits);
+        m.map_new(neighbour, user_bits | a | d);
+        m.map_new(group, kernel_bits | a | d);
+        m.set_user(as_user);
+        by_fetch ? m.fetch(at) : m.read(at);
+        const auto there = [&](GuestVirt address, Access access) {
+            return m.lookup(address, access).has_value();
+        };
+        return std::vector<bool>{there(neighbour, {}), there(neighbour, {.fetch = true}), there(group, {}),
+                                 there(group, {.fetch = true})};
+    };
+    EXPECT_EQ(filled(false, false, false, false), (std::vector{true, true, true, true}));
+    EXPECT_EQ(filled(true, false, false, false), (std::vector{true, true, false, false}));
+    EXPECT_EQ(filled(true, true, true, false), (std::vector{true, true, false, false}));
+    EXPECT_EQ(filled(false, true, false, false), (std::vector{true, false, true, true}));
+    EXPECT_EQ(filled(false, false, true, false), (std::vector{false, false, true, true}));
+    EXPECT_EQ(filled(false, true, true, true), (std::vector{false, false, true, true}));
+}
+
+TEST(MmuPrefetch, PathOfThePageDecidesToo) {
+    Machine m({.prefetch = 16});
+    m.paging.smep = true;
+    m.set_control();
+    m.map_new(at);
+    const GuestFrame page = m.map_new(neighbour, user_bits | a);
+    m.change(at, us, 0, 3); // all of it is the kernel's
+    m.read(at);
+    EXPECT_EQ(m.fetch(neighbour), mapped(page));
+    EXPECT_EQ(m.misses(), 0U);
+}
+
+TEST(MmuPrefetch, FillsWhatTheEntryIsAtThatTime) {
+    // The entry changes between the making of its table and the prefetch, and then back.
+    Machine m({.prefetch = 16});
+    m.map_new(at);
+    const GuestFrame first = m.map_new(neighbour); // not accessed: not prefetched
+    m.read(at);
+    const GuestFrame second = m.map_new(neighbour, user_bits | a);
+    m.map_new(group);
+    m.read(group);
+    EXPECT_EQ(m.read(neighbour), mapped(second));
+    EXPECT_EQ(m.misses(), 0U);
+    m.map(neighbour, first);
+    m.invlpg(neighbour);
+    EXPECT_EQ(m.read(neighbour), mapped(first));
+}
+
+TEST(MmuPrefetch, TablesOfTheGuestStayProtected) {
+    Machine m({.sync = Sync::trap, .prefetch = 16});
+    m.map_new(at);
+    m.read(at);
+    const GuestFrame table = m.entry(at, 2).table();
+    m.map_new(kernel_at);
+    m.map(kernel_at + page_size, table, kernel_bits | a | d);
+    m.read(kernel_at);
+    EXPECT_EQ(m.read(kernel_at + page_size), mapped(table));
+    EXPECT_EQ(m.misses(), 0U);
+    EXPECT_EQ(m.lookup(kernel_at + page_size, {.write = true}), std::nullopt);
+}
+
+TEST(MmuPrefetch, FramesOutsideTheGuestLeadNowhere) {
+    Machine m({.prefetch = 16});
+    m.paging.physical_bits = 52;
+    m.set_control();
+    m.map_new(at);
+    m.map(neighbour, GuestFrame(FakeMachine::pool_first.number()), user_bits | a | d);
+    m.read(at);
+    EXPECT_EQ(m.write(neighbour), leads_nowhere());
+    EXPECT_EQ(m.misses(), 0U);
 }
 
 // ---- Large pages
@@ -553,6 +642,84 @@ TEST(MmuRole, KernelFetchOfUserCodeCanBeMadeToTrap) {
     EXPECT_EQ(m.fetch(at), mapped(program));
 }
 
+/// What the kernel's instructions run with.
+void set_ac(Machine& m, bool ac) {
+    m.mmu.set_alignment_check(ac);
+    m.enter();
+}
+
+TEST(MmuRole, SmapKeepsTheKernelFromUserData) {
+    Machine m;
+    const GuestFrame program = m.map_new(at), kernel = m.map_new(neighbour, kernel_bits);
+    EXPECT_EQ(m.write(at), mapped(program));
+    m.paging.smap = true;
+    m.set_control();
+    EXPECT_EQ(m.read(at), fault(present));
+    EXPECT_EQ(m.write(at), fault(present | write));
+    EXPECT_EQ(m.write(neighbour), mapped(kernel));
+    set_ac(m, true);
+    EXPECT_EQ(m.access(at, {.ac = true}), mapped(program));
+    EXPECT_EQ(m.access(at, {.write = true, .ac = true}), mapped(program));
+    EXPECT_EQ(m.access(neighbour, {.ac = true}), mapped(kernel));
+    set_ac(m, false);
+    EXPECT_EQ(m.read(at), fault(present)) << "what AC let through is not for later";
+    m.set_user(true);
+    EXPECT_EQ(m.write(at), mapped(program)) << "SMAP is nothing to programs";
+    m.set_user(false);
+    m.paging.smap = false;
+    m.set_control();
+    EXPECT_EQ(m.read(at), mapped(program));
+}
+
+TEST(MmuRole, SmapIsAboutAllLevelsTogether) {
+    for (unsigned level = 1; level <= 4; ++level) {
+        SCOPED_TRACE(level);
+        Machine m;
+        m.paging.smap = true;
+        m.set_control();
+        const GuestFrame page = m.map_new(at);
+        EXPECT_EQ(m.read(at), fault(present));
+        m.change(at, us, 0, level);
+        m.invlpg(at);
+        EXPECT_EQ(m.read(at), mapped(page));
+        m.change(at, us, us, level);
+        m.invlpg(at);
+        EXPECT_EQ(m.read(at), fault(present));
+    }
+}
+
+TEST(MmuRole, SmapLetsTheKernelFetchUserCodeUnlessSmepForbidsIt) {
+    for (const bool smep : {false, true}) {
+        SCOPED_TRACE(smep);
+        Machine m;
+        const GuestFrame page = m.map_new(at);
+        m.paging.smap = true;
+        m.paging.smep = smep;
+        m.set_control();
+        EXPECT_EQ(m.fetch(at), smep ? fault(present | fetch) : mapped(page));
+        m.enter();
+        EXPECT_EQ(m.read(at), fault(present)) << "fetched or not";
+        set_ac(m, true);
+        EXPECT_EQ(m.access(at, {.ac = true}), mapped(page));
+        EXPECT_EQ(m.fetch(at), smep ? fault(present | fetch) : mapped(page));
+    }
+}
+
+TEST(MmuRole, SmapReachesThePiecesOfALargePage) {
+    Machine m;
+    m.map(large, GuestFrame(0), user_bits | d, 2);
+    m.map(large + 2 * mb, GuestFrame(0), kernel_bits | d, 2);
+    m.paging.smap = true;
+    m.set_control();
+    EXPECT_EQ(m.write(large + 2 * mb + 0x5000), mapped(GuestFrame(5)));
+    EXPECT_EQ(m.read(large + 0x5000), fault(present));
+    EXPECT_EQ(m.fetch(large + 0x5000), mapped(GuestFrame(5)));
+    m.enter();
+    EXPECT_EQ(m.read(large + 0x5000), fault(present));
+    EXPECT_EQ(m.write(large + 2 * mb + 0x5000), mapped(GuestFrame(5)));
+    EXPECT_EQ(m.misses(), 0U) << "its pieces are still there";
+}
+
 // ---- Address spaces
 
 TEST(MmuSpaces, ReturnToAKnownSpaceFindsItFilled) {
@@ -822,6 +989,604 @@ TEST(MmuFlush, InvlpgOfNonCanonicalAndSwitcherAddressesDoesNothing) {
     EXPECT_EQ(m.misses(), 0U);
 }
 
+TEST(MmuFlush, InvlpgForgetsTheUpperEntriesOfAllAddresses) {
+    // An upper entry for `at` is changed, and INVLPG is of another address. What is written below the old
+    // table after that is nothing that `at` could have been translated by: an old upper entry is gone from
+    // the paging-structure caches, and the new one leads elsewhere.
+    for (unsigned level = 2; level <= 4; ++level) {
+        SCOPED_TRACE(level);
+        Machine m;
+        const GuestFrame old = m.map_new(at);
+        m.read(at);
+        // The same tables below another address.
+        const GuestVirt alias = kernel_at + (at.value() & (paging_4_level.level(level).span() - 1));
+        m.map_new(alias + 4 * gb); // makes the tables above
+        const GuestVirt other = alias + 4 * gb;
+        const std::uint64_t link = m.entry(at, level).raw();
+        for (unsigned above = 4; above > level; --above) {
+            if (!m.entry(alias, above).present())
+                m.set_entry(alias, m.new_frame().base().value() | user_bits, above);
+        }
+        m.set_entry(alias, link, level);
+        EXPECT_EQ(m.read(alias), mapped(old));
+        m.read(other);
+
+        m.set_entry(at, 0, level);
+        const GuestFrame changed = m.map_new(at);
+        m.invlpg(other);
+        EXPECT_NE(m.read(at).address, std::nullopt) << "the old or the new one";
+        const GuestFrame latest = m.map_new(alias + page_size);
+        EXPECT_EQ(m.read(alias + page_size), mapped(latest));
+        EXPECT_EQ(m.read(neighbour), fault(0)) << "not through what `at` had before";
+        m.invlpg(at);
+        EXPECT_EQ(m.read(at), mapped(changed));
+    }
+}
+
+TEST(MmuFlush, NewLinkGivesNoOlderEntries) {
+    // No CPU has an entry below a link that is older than the link itself.
+    for (unsigned level = 2; level <= 4; ++level) {
+        SCOPED_TRACE(level);
+        Machine m;
+        const GuestVirt sibling = at + page_size;
+        m.map_new(at);
+        const GuestFrame old = m.map_new(sibling);
+        m.read(at);
+        m.read(sibling);
+        const GuestFrame changed = m.map_new(sibling); // not flushed
+        EXPECT_EQ(m.read(sibling), mapped(old));
+        const GuestVirt alias = paging_4_level.sign_extend(at.value() + paging_4_level.level(level).span());
+        m.set_entry(alias, m.entry(at, level).raw(), level);
+        m.read(alias);
+        EXPECT_EQ(m.read(alias + page_size), mapped(changed));
+    }
+}
+
+// ---- Contexts (PCID)
+
+/// Three address spaces with tags, and a page at `at` in each; the second one is current.
+class MmuContexts : public ::testing::Test {
+  public:
+    explicit MmuContexts(Sync sync = Sync::compare) : m({.sync = sync}) {
+        for (std::uint16_t pcid = 0; pcid < 3; ++pcid) {
+            spaces.push_back(pcid == 0 ? m.root : m.new_frame());
+            pages.push_back(change(pcid));
+            m.load_cr3(spaces[pcid], pcid);
+            m.read(at);
+        }
+        m.switch_to(spaces[1], 1);
+    }
+    /// The space gets another page.
+    GuestFrame change(std::uint16_t pcid) {
+        const GuestFrame page = m.new_frame();
+        m.map(spaces[pcid], at, page, user_bits);
+        return page;
+    }
+    Outcome read_in(std::uint16_t pcid) {
+        m.switch_to(spaces[pcid], pcid);
+        return m.read(at);
+    }
+    Machine m;
+    std::vector<GuestFrame> spaces, pages;
+};
+
+TEST_F(MmuContexts, SwitchWithoutAFlushFindsWhatWasThere) {
+    for (const std::uint16_t pcid : {std::uint16_t{0}, std::uint16_t{2}, std::uint16_t{1}}) {
+        EXPECT_EQ(read_in(pcid), mapped(pages[pcid]));
+        EXPECT_EQ(m.misses(), 0U);
+    }
+    EXPECT_EQ(m.flushes_paid + m.tables_paid, 0U);
+}
+
+class MmuProtectedContexts : public MmuContexts {
+  public:
+    MmuProtectedContexts() : MmuContexts(Sync::protect) {
+        for (int i = 0; i < 3; ++i) {
+            for (std::uint16_t pcid = 0; pcid < 3; ++pcid)
+                m.load_cr3(spaces[pcid], pcid);
+        }
+    }
+};
+
+TEST_F(MmuProtectedContexts, SwitchesCompareNothing) {
+    const MmuCounters before = m.mmu.counters();
+    for (int i = 0; i < 20; ++i) {
+        for (std::uint16_t pcid = 0; pcid < 3; ++pcid) {
+            EXPECT_EQ(read_in(pcid), mapped(pages[pcid]));
+            EXPECT_EQ(m.misses(), 0U);
+        }
+    }
+    EXPECT_EQ(m.mmu.counters().tables_compared, before.tables_compared);
+    EXPECT_EQ(m.mmu.counters().tables_built, before.tables_built);
+    EXPECT_EQ(m.mmu.counters().fills, before.fills);
+}
+
+TEST_F(MmuContexts, FlushOfTheCurrentContextIsSeenAtOnce) {
+    const GuestFrame changed = change(1);
+    EXPECT_EQ(m.read(at), mapped(pages[1])) << "not flushed yet";
+    m.mmu.flush({.pcid = 1});
+    m.enter();
+    EXPECT_EQ(m.read(at), mapped(changed));
+}
+
+TEST_F(MmuContexts, FlushOfAnotherContextLeavesTheCurrentOne) {
+    const GuestFrame other = change(0);
+    const GuestFrame current = change(1);
+    const std::uint64_t before = m.mmu.counters().tables_compared;
+    m.mmu.flush({.pcid = 0});
+    m.enter();
+    EXPECT_EQ(m.mmu.counters().tables_compared, before);
+    EXPECT_EQ(m.read(at), mapped(pages[1])) << "kept";
+    EXPECT_EQ(m.misses(), 0U);
+    EXPECT_EQ(read_in(0), mapped(other));
+    m.load_cr3(spaces[1], 1);
+    EXPECT_EQ(m.read(at), mapped(current));
+}
+
+TEST_F(MmuContexts, FlushOfAllReachesAll) {
+    for (const bool globals : {false, true}) {
+        std::vector<GuestFrame> changed;
+        for (std::uint16_t pcid = 0; pcid < 3; ++pcid)
+            changed.push_back(change(pcid));
+        m.mmu.flush({.all_contexts = true, .globals = globals});
+        m.enter();
+        for (const std::uint16_t pcid :
+             {std::uint16_t{1}, std::uint16_t{2}, std::uint16_t{0}, std::uint16_t{1}})
+            EXPECT_EQ(read_in(pcid), mapped(changed[pcid])) << pcid;
+    }
+}
+
+TEST_F(MmuContexts, AddressCanBeInvalidatedInAnother) {
+    const GuestFrame other = change(2);
+    change(1);
+    m.mmu.invalidate(at, 2, false);
+    m.enter();
+    EXPECT_EQ(m.read(at), mapped(pages[1])) << "the current one keeps its own";
+    EXPECT_EQ(m.misses(), 0U);
+    EXPECT_EQ(read_in(2), mapped(other));
+}
+
+TEST_F(MmuContexts, AddressCanBeInvalidatedInTheCurrentOne) {
+    const GuestFrame changed = change(1);
+    m.mmu.invalidate(at, 1, false);
+    m.enter();
+    EXPECT_EQ(m.read(at), mapped(changed));
+}
+
+TEST_F(MmuContexts, InvlpgReachesGlobalPagesOfTheOthers) {
+    m.paging.global_pages = true;
+    const GuestFrame changed = change(0);
+    m.invlpg(at);
+    EXPECT_EQ(read_in(0), mapped(changed));
+}
+
+TEST_F(MmuContexts, SharedTablesServeEachContextWithWhatItMayHave) {
+    // The last table is shared by two spaces. The one that is away has used nothing of what the other one
+    // fills, so an entry that is replaced meanwhile must not reach it.
+    const GuestPhys slot = m.slot(spaces[1], neighbour);
+    const GuestEntry link = m.get(m.slot(spaces[1], at, 2));
+    m.put(m.slot(spaces[0], at, 2), link);
+    m.load_cr3(spaces[0], 0);
+    EXPECT_EQ(m.read(at), mapped(pages[1]));
+    m.switch_to(spaces[1], 1);
+    const GuestFrame first = m.new_frame(), second = m.new_frame();
+    m.put(slot, GuestEntry(first, user_bits));
+    EXPECT_EQ(m.read(neighbour), mapped(first));
+    m.put(slot, GuestEntry(second, user_bits));
+    EXPECT_EQ(m.read(neighbour), mapped(first)) << "this one may";
+    m.switch_to(spaces[0], 0);
+    EXPECT_EQ(m.read(neighbour), mapped(second));
+}
+
+// ---- PAE
+
+/// A guest with PAE paging: the PDPT lies at `pdpt`, and the four page directories behind it.
+class MmuPae : public ::testing::Test {
+  public:
+    static constexpr std::uint64_t offset = 0x1240; ///< the PDPT's, in its page: a multiple of 32
+    MmuPae() {
+        m.paging.format = &paging_pae;
+        pdpt = new_pdpt();
+        load(pdpt);
+    }
+    GuestPhys new_pdpt() {
+        const GuestPhys at_ = m.new_frame().base() + (offset & 0xfff);
+        for (unsigned i = 0; i < 4; ++i)
+            m.put(at_ + i * 8, GuestEntry(m.new_frame(), p));
+        return at_;
+    }
+    [[nodiscard]] GuestFrame directory(GuestPhys of, GuestVirt address) const {
+        return m.get(of + (address.value() >> 30) * 8).table();
+    }
+    /// MOV to CR3.
+    void load(GuestPhys at_) {
+        const auto registers = load_pdptes(m.memory, at_.value(), m.paging.physical_bits);
+        ASSERT_TRUE(registers);
+        m.paging.pdptes = *registers;
+        m.paging.pdpt = at_;
+        m.load_cr3(at_.frame());
+    }
+    GuestPhys pde(GuestPhys of, GuestVirt address) const {
+        return FakeMachine::slot_of(directory(of, address), paging_pae.level(2).index(address));
+    }
+    GuestPhys pte(GuestPhys of, GuestVirt address) {
+        const GuestPhys above = pde(of, address);
+        if (!m.get(above).present())
+            m.put(above, GuestEntry(m.new_frame(), user_bits));
+        return FakeMachine::slot_of(m.get(above).table(), paging_pae.level(1).index(address));
+    }
+    GuestFrame map_new(GuestPhys of, GuestVirt address, std::uint64_t bits = user_bits) {
+        const GuestFrame page = m.new_frame();
+        m.put(pte(of, address), GuestEntry(page, bits));
+        return page;
+    }
+    static constexpr std::array addresses{GuestVirt(0x0012'3000), GuestVirt(0x4567'8000),
+                                          GuestVirt(0xbfff'f000), GuestVirt(0xffff'f000)};
+    Machine m;
+    GuestPhys pdpt;
+};
+
+TEST_F(MmuPae, TranslatesInEachQuarter) {
+    for (const GuestVirt address : addresses) {
+        const GuestFrame page = map_new(pdpt, address);
+        EXPECT_EQ(m.write(address + 0x123), mapped(page, 0x123));
+        EXPECT_EQ(m.misses(), 1U);
+        EXPECT_TRUE(m.get(pte(pdpt, address)).has(a | d));
+        EXPECT_TRUE(m.get(pde(pdpt, address)).has(a));
+        EXPECT_EQ(m.get(pdpt + (address.value() >> 30) * 8).raw() & a, 0U) << "no such bit there";
+        m.set_user(true);
+        EXPECT_EQ(m.read(address), mapped(page)) << "the PDPTE has no rights to withhold";
+        m.set_user(false);
+        const GuestFrame changed = map_new(pdpt, address);
+        m.invlpg(address);
+        EXPECT_EQ(m.read(address), mapped(changed));
+    }
+}
+
+TEST_F(MmuPae, LargePagesAndExecuteDisable) {
+    const GuestVirt address{0x8040'0000};
+    const GuestFrame page{(FakeMachine::high + 6 * mb) >> page_shift};
+    m.put(pde(pdpt, address), GuestEntry(page, p | us | ps | xd));
+    EXPECT_EQ(m.read(address + 0x1f'1234), mapped(page, 0x1f'1234));
+    EXPECT_TRUE(m.shadow(address, 2).has(ps));
+    EXPECT_EQ(m.write(address), fault(present | write));
+    EXPECT_EQ(m.fetch(address), fault(present | fetch));
+    m.paging.no_execute = false;
+    m.set_control();
+    EXPECT_EQ(m.read(address), fault(present | reserved));
+}
+
+TEST_F(MmuPae, PdptesAreReadWhenCr3IsLoadedOnly) {
+    const GuestVirt address = addresses[1];
+    const GuestFrame page = map_new(pdpt, address);
+    EXPECT_EQ(m.read(address), mapped(page));
+    const GuestEntry old = m.get(pdpt + 8);
+    for (const std::uint64_t raw : {std::uint64_t{0}, m.new_frame().base().value() | p}) {
+        m.put(pdpt + 8, GuestEntry(raw));
+        m.invlpg(address);
+        EXPECT_EQ(m.read(address), mapped(page)) << "INVLPG does not load them";
+        load(pdpt);
+        EXPECT_EQ(m.read(address), fault(0));
+        EXPECT_EQ(m.write(address), fault(write));
+        m.put(pdpt + 8, old);
+        EXPECT_EQ(m.read(address), fault(0));
+        load(pdpt);
+        EXPECT_EQ(m.read(address), mapped(page));
+    }
+}
+
+TEST_F(MmuPae, SpacesWithADirectoryInCommon) {
+    const GuestFrame shared = map_new(pdpt, addresses[3]), own = map_new(pdpt, addresses[0]);
+    const GuestPhys second = new_pdpt();
+    m.put(second + 24, m.get(pdpt + 24));
+    const GuestFrame seconds_own = map_new(second, addresses[0]);
+    m.read(addresses[3]);
+    m.read(addresses[0]);
+    load(second);
+    EXPECT_EQ(m.read(addresses[3]), mapped(shared));
+    EXPECT_EQ(m.misses(), 0U) << "the tables below it are shared";
+    EXPECT_EQ(m.read(addresses[0]), mapped(seconds_own));
+    const std::uint64_t built = m.mmu.counters().tables_built;
+    for (int i = 0; i < 3; ++i) {
+        load(pdpt);
+        EXPECT_EQ(m.read(addresses[0]), mapped(own));
+        load(second);
+        EXPECT_EQ(m.read(addresses[0]), mapped(seconds_own));
+    }
+    EXPECT_EQ(m.mmu.counters().tables_built, built);
+    // A change while the other one is current.
+    const GuestFrame changed = map_new(pdpt, addresses[0]);
+    load(pdpt);
+    EXPECT_EQ(m.read(addresses[0]), mapped(changed));
+}
+
+TEST_F(MmuPae, OneDirectoryForTwoQuarters) {
+    m.put(pdpt + 8, m.get(pdpt));
+    load(pdpt);
+    const GuestFrame page = map_new(pdpt, GuestVirt(0x5000));
+    EXPECT_EQ(m.read(GuestVirt(0x5000)), mapped(page));
+    EXPECT_EQ(m.read(GuestVirt(0x4000'5000)), mapped(page));
+    const GuestFrame changed = map_new(pdpt, GuestVirt(0x5000));
+    m.load_cr3(m.paging.root);
+    for (const std::uint64_t address : {0x5000U, 0x4000'5000U})
+        EXPECT_EQ(m.read(GuestVirt(address)), mapped(changed));
+}
+
+// ---- 32-bit paging
+
+class Mmu32 : public ::testing::Test {
+  public:
+    explicit Mmu32() : directory(m.new_frame()) {
+        m.paging.format = &paging_32_bit_pse;
+        m.load_cr3(directory);
+    }
+    static constexpr std::uint64_t pde_index(GuestVirt address) { return address.value() >> 22; }
+    static constexpr std::uint64_t pte_index(GuestVirt address) { return address.value() >> 12 & 0x3ff; }
+    [[nodiscard]] std::uint64_t pde(GuestVirt address) const {
+        return m.memory.read<std::uint32_t>(directory.base() + pde_index(address) * 4).value();
+    }
+    [[nodiscard]] std::uint64_t pte(GuestVirt address) const {
+        return m.memory.read<std::uint32_t>(GuestPhys((pde(address) & 0xffff'f000) + pte_index(address) * 4))
+            .value();
+    }
+    void set_pde(GuestVirt address, std::uint64_t raw) { m.store32(directory, pde_index(address), raw); }
+    void map(GuestVirt address, GuestFrame page, std::uint64_t bits = user_bits) {
+        if ((pde(address) & p) == 0)
+            set_pde(address, m.new_frame().base().value() | user_bits);
+        m.store32(GuestPhys(pde(address)).frame(), pte_index(address), page.base().value() | bits);
+    }
+    GuestFrame map_new(GuestVirt address, std::uint64_t bits = user_bits) {
+        const GuestFrame page = m.new_frame();
+        map(address, page, bits);
+        return page;
+    }
+    Machine m;
+    GuestFrame directory;
+};
+
+TEST_F(Mmu32, TranslatesInEachQuarterAndHalf) {
+    // The page directory falls into four tables of the shadow, a page table into two.
+    std::vector<std::pair<GuestVirt, GuestFrame>> pages;
+    for (std::uint64_t quarter = 0; quarter < 4; ++quarter) {
+        for (const std::uint64_t within : {0x0000'5000U, 0x0020'5000U, 0x3fdf'f000U, 0x3fff'f000U}) {
+            const GuestVirt address(quarter << 30 | within);
+            pages.emplace_back(address, map_new(address));
+        }
+    }
+    for (const auto& [address, page] : pages) {
+        EXPECT_EQ(m.read(address + 0x21), mapped(page, 0x21)) << address.value();
+        EXPECT_EQ(m.misses(), 1U);
+        EXPECT_TRUE((pte(address) & (a | d)) == a && (pde(address) & a) != 0);
+        EXPECT_EQ(m.write(address), mapped(page));
+        EXPECT_NE(pte(address) & d, 0U);
+    }
+    // A change of one is a change of that one only.
+    for (auto& [address, page] : pages) {
+        page = map_new(address);
+        m.load_cr3(directory);
+        for (const auto& [other, others_page] : pages) {
+            EXPECT_EQ(m.read(other), mapped(others_page));
+            EXPECT_EQ(m.misses(), other == address ? 1U : 0U);
+        }
+    }
+}
+
+TEST_F(Mmu32, InvlpgReachesTheRightHalf) {
+    for (const std::uint64_t raw : {0x8040'5000U, 0x8060'5000U}) {
+        const GuestVirt address(raw), other(raw ^ 0x20'0000);
+        map_new(address);
+        const GuestFrame kept = map_new(other);
+        m.load_cr3(directory);
+        m.read(address);
+        m.read(other);
+        const GuestFrame changed = map_new(address);
+        map_new(other);
+        m.invlpg(address);
+        EXPECT_EQ(m.read(address), mapped(changed));
+        EXPECT_EQ(m.read(other), mapped(kept));
+    }
+}
+
+TEST_F(Mmu32, DirectoryEntryIsBothHalves) {
+    const GuestVirt low{0x0040'5000}, high{0x0060'5000};
+    map_new(low);
+    map_new(high);
+    m.read(low);
+    m.read(high);
+    const std::uint64_t link = pde(low);
+    EXPECT_EQ(m.pool.in_use(), 1 /* the machine's first root */ + 5U);
+    set_pde(low, 0);
+    const GuestFrame new_low = map_new(low), new_high = map_new(high);
+    m.load_cr3(directory);
+    EXPECT_EQ(m.read(low), mapped(new_low));
+    EXPECT_EQ(m.read(high), mapped(new_high));
+    // And if only one half is used in between.
+    set_pde(low, link);
+    m.invlpg(low);
+    m.read(low);
+    set_pde(low, 0);
+    m.load_cr3(directory);
+    EXPECT_EQ(m.read(high), fault(0));
+    EXPECT_EQ(m.read(low), fault(0));
+}
+
+TEST_F(Mmu32, TablesAreSharedByDirectoryEntries) {
+    const GuestFrame page = map_new(GuestVirt(0x0060'5000));
+    m.read(GuestVirt(0x0060'5000));
+    const std::size_t before = m.pool.in_use();
+    set_pde(GuestVirt(0x00e0'5000), pde(GuestVirt(0x0060'5000)));
+    EXPECT_EQ(m.read(GuestVirt(0x00e0'5000)), mapped(page));
+    EXPECT_EQ(m.pool.in_use(), before);
+}
+
+TEST_F(Mmu32, PagesOf4MbAreTwoEntries) {
+    const GuestVirt address{0xc040'0000};
+    const GuestFrame page{8 * mb >> page_shift};
+    set_pde(address, page.base().value() | user_bits | ps);
+    EXPECT_EQ(m.read(address + 0x12'3456), mapped(page, 0x12'3456));
+    EXPECT_EQ(m.read(address + 0x32'3456), mapped(page, 0x32'3456));
+    EXPECT_EQ(m.misses(), 1U);
+    EXPECT_TRUE(m.shadow(address, 2).has(ps) && m.shadow(address + 2 * mb, 2).has(ps));
+    EXPECT_EQ(pde(address) & (a | d), a);
+    EXPECT_EQ(m.write(address + 0x3f'ffff), mapped(page, 0x3f'ffff));
+    EXPECT_NE(pde(address) & d, 0U);
+    // INVLPG of either half drops both.
+    const GuestFrame changed{12 * mb >> page_shift};
+    for (const std::uint64_t at_ : {0x1'2345U, 0x3f'ffffU}) {
+        const GuestFrame next = pde(address) >> 22 == page.base().value() >> 22 ? changed : page;
+        set_pde(address, next.base().value() | user_bits | ps);
+        m.invlpg(address + at_);
+        EXPECT_EQ(m.read(address), mapped(next));
+        EXPECT_EQ(m.read(address + 2 * mb), mapped(next, 2 * mb));
+    }
+}
+
+TEST_F(Mmu32, ReplacedPageOf4MbIsNotMixedWithTheOldOne) {
+    // No flush: each half is the old or the new page. After the flush both are the new one, whichever half
+    // was used in between.
+    const GuestVirt address{0xc040'0000};
+    const GuestFrame page{8 * mb >> page_shift}, changed{12 * mb >> page_shift};
+    for (const std::uint64_t used : {std::uint64_t{0}, 2 * mb}) {
+        set_pde(address, page.base().value() | user_bits | ps);
+        m.load_cr3(directory);
+        m.read(address);
+        m.read(address + 2 * mb);
+        set_pde(address, changed.base().value() | user_bits | ps);
+        m.write(address + used); // clean: a miss, and the new entry
+        m.load_cr3(directory);
+        EXPECT_EQ(m.read(address), mapped(changed));
+        EXPECT_EQ(m.read(address + 2 * mb), mapped(changed, 2 * mb));
+    }
+}
+
+TEST_F(Mmu32, Pse36ReachesBeyond4Gb) {
+    const GuestVirt address{0x0080'0000};
+    m.paging.physical_bits = 40;
+    m.set_control();
+    set_pde(address, (FakeMachine::high >> 32) << 13 | (8 * mb) | user_bits | ps);
+    const GuestFrame page{(FakeMachine::high + 8 * mb) >> page_shift};
+    EXPECT_EQ(m.write(address + 0x3a'bcde), mapped(page, 0x3a'bcde));
+    EXPECT_EQ(m.write(address + 0x0a'bcde), mapped(page, 0x0a'bcde));
+    set_pde(address, std::uint64_t{1} << 21 | user_bits | ps);
+    m.invlpg(address);
+    EXPECT_EQ(m.read(address), fault(present | reserved));
+}
+
+TEST_F(Mmu32, WithoutPseThePageSizeBitMeansNothing) {
+    const GuestVirt address{0x0080'5000};
+    const GuestFrame page = map_new(address);
+    set_pde(address, pde(address) | ps);
+    EXPECT_NE(m.read(address), mapped(page)) << "with PSE it is a page";
+    m.paging.format = &paging_32_bit;
+    m.load_cr3(directory);
+    EXPECT_EQ(m.read(address), mapped(page));
+    m.paging.format = &paging_32_bit_pse;
+    m.load_cr3(directory);
+    EXPECT_NE(m.read(address), mapped(page));
+}
+
+TEST_F(Mmu32, RightsAndErrorCodes) {
+    const GuestVirt address{0x0080'5000};
+    const GuestFrame page = map_new(address, p);
+    EXPECT_EQ(m.fetch(GuestVirt(0x9000'0000)), fault(0)) << "no execute-disable, no I/D";
+    EXPECT_EQ(m.write(address), fault(present | write));
+    EXPECT_EQ(m.fetch(address), mapped(page));
+    m.set_user(true);
+    EXPECT_EQ(m.read(address), fault(present | user));
+    map(address, page, p | us);
+    EXPECT_EQ(m.fetch(address), mapped(page));
+    EXPECT_EQ(m.write(address), fault(present | write | user));
+    m.set_user(false);
+    m.paging.write_protect = false;
+    m.set_control();
+    EXPECT_EQ(m.write(address), mapped(page));
+    m.paging.smep = true;
+    m.set_control();
+    EXPECT_EQ(m.fetch(address), fault(present | fetch));
+}
+
+TEST_F(Mmu32, PrefetchStaysInItsHalf) {
+    Machine one({.prefetch = 512});
+    const GuestFrame top = one.new_frame(), table = one.new_frame();
+    one.store32(top, 1, table.base().value() | user_bits);
+    for (const unsigned index : {0U, 5U, 511U, 512U, 1023U})
+        one.store32(table, index, one.new_frame().base().value() | user_bits | a);
+    one.paging.format = &paging_32_bit;
+    one.load_cr3(top);
+    one.read(GuestVirt(0x0040'5000));
+    EXPECT_EQ(one.mmu.counters().prefetched, 2U);
+    one.read(GuestVirt(0x0060'0000));
+    EXPECT_EQ(one.misses(), 1U);
+    EXPECT_EQ(one.mmu.counters().prefetched, 3U);
+    EXPECT_EQ(one.read(GuestVirt(0x007f'f000)),
+              mapped(GuestPhys(one.memory.read<std::uint32_t>(table.base() + 1023 * 4).value()).frame()));
+    EXPECT_EQ(one.misses(), 0U);
+}
+
+// ---- Without paging, and between the modes
+
+TEST(MmuModes, WithoutPagingEveryAddressIsItself) {
+    Machine m;
+    m.paging.format = &paging_off;
+    m.load_cr3(GuestFrame(0));
+    for (const Access access : {Access{}, Access{.write = true}, Access{.fetch = true}}) {
+        EXPECT_EQ(m.access(GuestVirt(0x1234), access), mapped(GuestFrame(1), 0x234));
+        EXPECT_EQ(m.access(GuestVirt(FakeMachine::hole + 8), access), leads_nowhere(8));
+        EXPECT_EQ(m.access(GuestVirt(FakeMachine::window.base().value() + 4), access),
+                  mapped(FakeMachine::window, 4));
+        EXPECT_EQ(m.access(GuestVirt(FakeMachine::behind_window.base().value()), access), leads_nowhere());
+        EXPECT_EQ(m.access(GuestVirt(5 * mb), access), mapped(GuestFrame(5 * mb >> page_shift)));
+        EXPECT_EQ(m.access(GuestVirt(FakeMachine::low_end), access), leads_nowhere());
+        EXPECT_EQ(m.access(GuestVirt(0xffff'f000), access), leads_nowhere());
+    }
+    EXPECT_TRUE(m.shadow(GuestVirt(5 * mb), 2).has(ps | rw));
+    EXPECT_EQ(m.mmu.counters().guest_faults, 0U);
+    m.mmu.set_trap_user_fetch(true);
+    m.enter();
+    EXPECT_EQ(m.fetch(GuestVirt(0x6000)), mapped(GuestFrame(6))) << "there are no pages of programs";
+}
+
+TEST(MmuModes, EachHasItsOwnTablesAndFindsThemAgain) {
+    // PAE's page directory is 4-level paging's PDPT as well, and its own page directory.
+    Machine m;
+    const GuestFrame legacy = m.new_frame(), pdpt = m.new_frame(), pml4 = m.new_frame();
+    const GuestFrame directory = m.new_frame(), table = m.new_frame(), page = m.new_frame();
+    const GuestFrame four{8 * mb >> page_shift};
+    const GuestVirt address{0x40'1000};
+    m.store32(legacy, 1, four.base().value() | user_bits | ps);
+    m.put(FakeMachine::slot_of(pdpt, 0), GuestEntry(directory, p));
+    m.put(FakeMachine::slot_of(pml4, 0), GuestEntry(directory, user_bits));
+    m.put(FakeMachine::slot_of(directory, 0), GuestEntry(directory, user_bits));
+    m.put(FakeMachine::slot_of(directory, 2), GuestEntry(table, user_bits));
+    m.put(FakeMachine::slot_of(table, 1), GuestEntry(page, user_bits));
+
+    const auto enter_mode = [&](const PagingFormat& format, GuestFrame cr3) {
+        m.paging.format = &format;
+        m.paging.pdptes = load_pdptes(m.memory, cr3.base().value(), m.paging.physical_bits)
+                              .value_or(std::array<std::uint64_t, 4>{});
+        m.load_cr3(cr3);
+    };
+    const auto all = [&] {
+        enter_mode(paging_off, GuestFrame(0));
+        EXPECT_EQ(m.read(address), mapped(GuestFrame(0x401)));
+        enter_mode(paging_32_bit_pse, legacy);
+        EXPECT_EQ(m.read(address), mapped(four, 0x1000));
+        enter_mode(paging_32_bit, legacy);
+        EXPECT_EQ(m.read(address), fault(0)) << "the page, as a table, is empty";
+        enter_mode(paging_pae, pdpt);
+        EXPECT_EQ(m.read(address), mapped(page));
+        enter_mode(paging_4_level, pml4);
+        EXPECT_EQ(m.read(address), mapped(page));
+    };
+    all();
+    const MmuCounters before = m.mmu.counters();
+    for (int i = 0; i < 3; ++i)
+        all();
+    EXPECT_EQ(m.mmu.counters().tables_built, before.tables_built);
+    EXPECT_EQ(m.mmu.counters().fills, before.fills);
+    EXPECT_EQ(m.mmu.audit(), std::nullopt);
+}
+
 // ---- Guest tables in odd places
 
 TEST(MmuTables, FrameReusedAsData) {
@@ -928,7 +1693,8 @@ TEST(MmuSlot, AvoidsWhatTheMachineCannotUseThere) {
     config.usable_slots.assign(entries_per_table, false);
     config.usable_slots[300] = config.usable_slots[77] = true;
     FakeMachine m(options);
-    Mmu mmu(m.memory, m.pool, config, FakeMachine::switcher);
+    ShadowTables tables(m.memory, m.pool, config, FakeMachine::switcher);
+    Mmu mmu(tables);
     GuestPaging paging;
     paging.root = m.new_frame();
     m.map(paging.root, top_level(300), m.new_frame(), user_bits);
@@ -980,6 +1746,24 @@ TEST(MmuSlot, SpacesNeedNoCommonFreeSlot) {
         m.load_cr3(space);
         for (unsigned slot = 256; slot < 512; ++slot)
             EXPECT_EQ(m.read(top_level(slot)), mapped(page)) << slot;
+    }
+}
+
+TEST(MmuSlot, ModesBelow4GbTakeOnlyTheFirst) {
+    // Whatever lies in the page of CR3: its entries are not those of the top level.
+    for (const PagingFormat* format : {&paging_off, &paging_32_bit_pse, &paging_pae}) {
+        SCOPED_TRACE(format->levels.size());
+        Machine m({.first_slot = 0});
+        const GuestFrame cr3 = m.new_frame();
+        const std::uint64_t page = 4 * mb | user_bits | ps;
+        for (unsigned i = 0; i < entries_per_table; ++i) // two entries of 4 bytes, or one of 8
+            m.put(FakeMachine::slot_of(cr3, i), GuestEntry(format == &paging_pae ? page : page | page << 32));
+        m.paging.format = format;
+        for (std::uint64_t& pdpte : m.paging.pdptes)
+            pdpte = cr3.base().value() | p;
+        m.load_cr3(cr3);
+        EXPECT_EQ(m.read(GuestVirt(4 * mb + 0x5000)), mapped(GuestFrame((4 * mb >> page_shift) + 5)));
+        EXPECT_NE(m.mmu.reserved_slot(), 0U);
     }
 }
 
@@ -1065,7 +1849,7 @@ class MmuDebt : public ::testing::Test {
         ASSERT_EQ(m.mmu.fault(address, {.write = for_write}).outcome, Miss::filled);
     }
     std::multiset<TableIndex> owed() {
-        (void)m.mmu.root(false);
+        (void)m.mmu.shadow_walk(at, false); // needs the root
         return {m.mmu.debt().tables.begin(), m.mmu.debt().tables.end()};
     }
     Machine m;
@@ -1100,7 +1884,7 @@ TEST_F(MmuDebt, EachChangedTableIsOwedOnceUntilPaid) {
     EXPECT_EQ(owed(), (std::multiset{first, second}));
     EXPECT_TRUE(m.mmu.debt().flush);
     EXPECT_FALSE(m.mmu.debt().root_gone);
-    m.mmu.debt_paid();
+    m.enter();
     EXPECT_TRUE(m.mmu.debt().none());
 
     m.change(at, p, p);
@@ -1159,7 +1943,7 @@ TEST_F(MmuDebt, WhereStoresAreSeenOnlyTheFlushIsOwed) {
     seeing.mmu.invalidate(at);
     EXPECT_TRUE(seeing.mmu.debt().tables.empty());
     EXPECT_TRUE(seeing.mmu.debt().flush);
-    seeing.mmu.debt_paid();
+    seeing.enter();
     EXPECT_TRUE(seeing.mmu.debt().none());
 }
 
@@ -1175,6 +1959,199 @@ TEST_F(MmuDebt, ResetTakesTheRootsAway) {
     m.enter();
     EXPECT_FALSE(m.mmu.debt().root_gone);
     EXPECT_EQ(m.read(at), mapped(page));
+}
+
+// ---- With the TLB sanitizer
+
+/// A machine that shows the sanitizer all that it uses.
+class MmuSanitize : public ::testing::Test {
+  public:
+    MmuSanitize() : m({.sync = Sync::trap}), sanitizer(m.memory) { watch(TlbPolicy::drop); }
+    void watch(TlbPolicy policy) {
+        m.mmu.sanitize(sanitizer, policy, [this](const StaleUse& use) { uses.push_back(use); });
+    }
+    /// The page is used, and its entry changed, and nothing flushed.
+    GuestFrame replace(GuestVirt address = at) {
+        const GuestFrame page = m.new_frame();
+        m.map(address, page, user_bits);
+        m.enter();
+        return page;
+    }
+    Machine m;
+    TlbSanitizer sanitizer;
+    std::vector<StaleUse> uses;
+};
+
+TEST_F(MmuSanitize, EachPageIsSeenAfterEachFlush) {
+    m.map_new(at, user_bits | a | d);
+    m.map_new(kernel_at, user_bits | a | d);
+    const GuestFrame space = m.new_space();
+    const auto expect_misses = [&](unsigned wanted) {
+        for (const GuestVirt address : {at, kernel_at}) {
+            m.read(address);
+            EXPECT_EQ(m.misses(), wanted) << address.value();
+        }
+    };
+    expect_misses(1);
+    expect_misses(0);
+    m.load_cr3(m.root);
+    expect_misses(1);
+    m.invlpg(far);
+    expect_misses(1);
+    m.mmu.invalidate(at, 7, false);
+    m.enter();
+    expect_misses(1);
+    m.mmu.flush({.all_contexts = true});
+    m.enter();
+    expect_misses(1);
+    m.switch_to(space, 3); // which shares a table
+    m.read(kernel_at);
+    EXPECT_EQ(m.misses(), 1U);
+    m.switch_to(m.root, 0);
+    expect_misses(1);
+    m.set_control(); // no other space
+    expect_misses(0);
+    EXPECT_TRUE(uses.empty());
+}
+
+TEST_F(MmuSanitize, StaleUseIsToldOnce) {
+    const GuestFrame old = m.map_new(at);
+    m.read(at);
+    const GuestFrame changed = replace();
+    EXPECT_EQ(m.read(at), mapped(changed)) << "dropped when the guest changed it";
+    ASSERT_EQ(uses.size(), 1U);
+    EXPECT_EQ(uses[0].address, at);
+    EXPECT_EQ(uses[0].harm, StaleUse::Harm::other_page);
+    EXPECT_EQ(uses[0].before.address, old.base());
+    EXPECT_EQ(uses[0].now.address, changed.base());
+    m.read(at);
+    EXPECT_EQ(uses.size(), 1U);
+}
+
+TEST_F(MmuSanitize, FlushOfAnyKindMakesItRight) {
+    struct Flush {
+        const char* name;
+        std::function<void()> make;
+    };
+    const std::vector<Flush> flushes{
+        {"CR3", [this] { m.load_cr3(m.root); }},
+        {"INVLPG", [this] { m.invlpg(at); }},
+        {"INVPCID 0", [this] { m.mmu.invalidate(at, 0, false); }},
+        {"INVPCID 1", [this] { m.mmu.flush({.pcid = 0}); }},
+        {"INVPCID 2", [this] { m.mmu.flush({.all_contexts = true, .globals = true}); }},
+        {"INVPCID 3", [this] { m.mmu.flush({.all_contexts = true}); }},
+    };
+    m.map_new(at);
+    for (const Flush& flush : flushes) {
+        SCOPED_TRACE(flush.name);
+        m.read(at);
+        const GuestFrame changed = replace();
+        flush.make();
+        m.enter();
+        EXPECT_EQ(m.read(at), mapped(changed));
+        EXPECT_TRUE(uses.empty());
+    }
+}
+
+TEST_F(MmuSanitize, FlushesOfOthersDoNot) {
+    struct Flush {
+        const char* name;
+        std::function<void()> make;
+    };
+    const std::vector<Flush> flushes{
+        {"INVLPG", [this] { m.invlpg(neighbour); }},
+        {"INVPCID 0 of another", [this] { m.mmu.invalidate(at, 5, false); }},
+        {"INVPCID 1 of another", [this] { m.mmu.flush({.pcid = 5}); }},
+    };
+    m.map_new(at);
+    for (const Flush& flush : flushes) {
+        SCOPED_TRACE(flush.name);
+        uses.clear();
+        m.read(at);
+        replace();
+        flush.make();
+        m.enter();
+        m.read(at);
+        EXPECT_EQ(uses.size(), 1U);
+        m.load_cr3(m.root);
+    }
+}
+
+TEST_F(MmuSanitize, GlobalPageOutlivesCr3) {
+    m.paging.global_pages = true;
+    m.set_control();
+    m.map_new(at, user_bits | entry_bit::global);
+    m.read(at);
+    const GuestFrame changed = replace();
+    m.load_cr3(m.root);
+    EXPECT_EQ(m.read(at), mapped(changed));
+    EXPECT_EQ(uses.size(), 1U);
+    m.mmu.flush({.all_contexts = true, .globals = true});
+    m.enter();
+    m.read(at);
+    EXPECT_EQ(uses.size(), 1U);
+}
+
+TEST_F(MmuSanitize, KeepGoesOnWithTheOldTranslationUntilTheFlush) {
+    watch(TlbPolicy::keep);
+    const GuestFrame old = m.map_new(at);
+    m.write(at);
+    const GuestFrame changed = replace();
+    EXPECT_EQ(m.read(at), mapped(old));
+    EXPECT_EQ(m.write(at), mapped(old));
+    EXPECT_FALSE(m.entry(at).accessed()) << "no walk was made";
+    m.invlpg(neighbour);
+    EXPECT_EQ(m.read(at), mapped(old)) << "this does not cover it";
+    EXPECT_FALSE(uses.empty());
+    m.invlpg(at);
+    uses.clear();
+    EXPECT_EQ(m.read(at), mapped(changed));
+    EXPECT_TRUE(uses.empty());
+    EXPECT_TRUE(m.entry(at).accessed());
+}
+
+TEST_F(MmuSanitize, KeepLetsAccessesPassThatTheTablesForbid) {
+    watch(TlbPolicy::keep);
+    const GuestFrame page = m.map_new(at);
+    m.write(at);
+    m.change(at, p | rw, 0);
+    m.enter();
+    EXPECT_EQ(m.write(at), mapped(page));
+    ASSERT_EQ(uses.size(), 1U);
+    EXPECT_EQ(uses[0].harm, StaleUse::Harm::fault_missed);
+    m.load_cr3(m.root);
+    EXPECT_EQ(m.write(at), fault(write));
+}
+
+TEST_F(MmuSanitize, KeepReusesUpperEntriesOnly) {
+    // A directory entry is replaced; another page below it is used for the first time.
+    watch(TlbPolicy::keep);
+    const GuestFrame old = m.map_new(at), old_next = m.map_new(neighbour);
+    m.read(at);
+    m.set_entry(at, 0, 2);
+    const GuestFrame changed = m.map_new(at), next = m.map_new(neighbour);
+    m.enter();
+    EXPECT_EQ(m.read(at), mapped(old));
+    EXPECT_EQ(m.read(neighbour), mapped(old_next)) << "through the cached directory entry";
+    ASSERT_FALSE(uses.empty());
+    EXPECT_TRUE(uses.back().through_structure_cache);
+    m.invlpg(at);
+    EXPECT_EQ(m.read(at), mapped(changed));
+    uses.clear();
+    m.load_cr3(m.root);
+    EXPECT_EQ(m.read(neighbour), mapped(next));
+    EXPECT_TRUE(uses.empty());
+}
+
+TEST_F(MmuSanitize, MorePresenceAndRightsAreNothingToTell) {
+    m.map_new(at, p | us);
+    EXPECT_EQ(m.read(neighbour), fault(0));
+    m.read(at);
+    const GuestFrame page = m.map_new(neighbour);
+    m.change(at, rw, rw);
+    EXPECT_EQ(m.read(neighbour), mapped(page));
+    EXPECT_NE(m.write(at).address, std::nullopt);
+    EXPECT_TRUE(uses.empty());
 }
 
 // ---- The audit: each rule broken once, through the tables' memory
@@ -1239,13 +2216,12 @@ TEST_F(MmuAudit, LinkToATableOfAnotherLevel) {
 }
 
 TEST_F(MmuAudit, LinkToATableThatIsNotInStep) {
-    const TableIndex last = m.table(at, 1);
     const ShadowEntry link = m.shadow_slot(at, 2);
     m.set_entry(at, 0, 2);
     m.invlpg(at);
     m.load_cr3(m.root);
     m.shadow_slot(at, 2) = link;
-    expect_broken(fmt::format("table {} is behind table", TablePool::number(last)));
+    expect_broken("a table at or below table");
 }
 
 TEST_F(MmuAudit, UncountedReference) {
@@ -1264,4 +2240,4 @@ TEST_F(MmuAudit, PageThatNobodyOwns) {
 }
 
 } // namespace
-} // namespace umbra
+} // namespace umbra::test

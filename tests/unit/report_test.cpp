@@ -634,9 +634,10 @@ TEST_F(ReportTest, Example) {
                                                             &std::free);
     std::memset(pages.get(), 0, pool_size);
     TablePool pool(MachineFrame(0x8'0000'0000), {static_cast<std::byte*>(pages.get()), pool_size});
-    Mmu mmu(memory, pool, {}, ShadowEntry());
+    ShadowTables tables(memory, pool, {}, ShadowEntry());
+    Mmu mmu(tables);
     mmu.set_paging(paging);
-    (void)mmu.root(false);
+    mmu.enter(false).debt.paid();
     std::uint64_t time = 100;
     for (const std::uint64_t at : {code_address, stack_page, user_page}) {
         EXPECT_EQ(mmu.fault(GuestVirt(at), {}).outcome, Miss::filled);

@@ -48,6 +48,11 @@ Stats shadow_stats() {
     shadow.counters.tables_reused = 1010;
     shadow.counters.tables_recycled = 1011;
     shadow.counters.slot_moves = 1012;
+    shadow.counters.prefetched = 1013;
+    shadow.counters.tables_protected = 1014;
+    shadow.counters.table_writes = 1015;
+    shadow.counters.splits = 1016;
+    shadow.counters.merges = 1017;
     shadow.pages_in_use = 10;
     shadow.pages_high_water = 20;
     shadow.pages_capacity = 512;
@@ -94,11 +99,12 @@ TEST(Stats, TakesTheShadowMmusNumbers) {
     std::size_t space = tables.size() * sizeof(std::uint64_t);
     ASSERT_NE(std::align(page_size, 64 * page_size, start, space), nullptr);
     TablePool pool(MachineFrame(0x1000), {static_cast<std::byte*>(start), 64 * page_size});
-    Mmu mmu(memory, pool, {}, ShadowEntry());
+    ShadowTables shadows(memory, pool, {}, ShadowEntry());
+    Mmu mmu(shadows);
     GuestPaging paging;
     paging.root = GuestFrame(1); // empty tables: every access is the guest's fault
     mmu.set_paging(paging);
-    (void)mmu.root(false);
+    mmu.enter(false).debt.paid();
     (void)mmu.fault(GuestVirt(0x1234), {});
     mmu.flush();
 
@@ -171,6 +177,11 @@ TEST(StatsJson, HasTheDocumentedKeys) {
                     {"tables_reused", 1010},
                     {"tables_recycled", 1011},
                     {"slot_moves", 1012},
+                    {"prefetched", 1013},
+                    {"tables_protected", 1014},
+                    {"table_writes", 1015},
+                    {"splits", 1016},
+                    {"merges", 1017},
                     {"table_pages", {{"in_use", 10}, {"high_water", 20}, {"capacity", 512}}}}));
     EXPECT_EQ(parsed.at("unclaimed_accesses"),
               (json{{"port_reads", 1}, {"port_writes", 22}, {"mmio_reads", 333}, {"mmio_writes", 4444}}));

@@ -67,6 +67,7 @@ class TestGuest {
 
     /// The CPU's view of memory in its current state.
     [[nodiscard]] GuestSpace space() const { return {memory_, guest_paging(cpu, 48, true)}; }
+    [[nodiscard]] const GuestMemory& memory() const { return memory_; }
 
     void enter_kernel() {
         cpu.cpl = 0;

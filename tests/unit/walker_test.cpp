@@ -25,7 +25,7 @@ class Tables {
     void map(GuestVirt at, unsigned level, GuestFrame frame) {
         GuestFrame table = root;
         for (const Level& here : format.levels) {
-            const GuestPhys slot = table.base() + here.index(at) * sizeof(GuestEntry);
+            const GuestPhys slot = table.base() + std::uint64_t{here.index(at)} * here.entry_bytes;
             if (here.number == level) {
                 entries[slot] = GuestEntry(frame, table_bits | (level > 1 ? entry_bit::page_size : 0));
                 return;
@@ -44,13 +44,15 @@ class Tables {
         reads = 0;
         return umbra::walk(
             format, root, first, last,
-            [this](GuestPhys slot) {
+            [this](const Level& level, GuestPhys slot) {
                 ++reads;
+                EXPECT_EQ(slot.value() % level.entry_bytes, 0U);
                 const auto found = entries.find(slot);
                 return found == entries.end() ? GuestEntry() : found->second;
             },
             [&](const WalkStep<GuestPhysSpace>& step) {
-                visits.push_back(fmt::format("{}[{}]@{:#x}", step.level->name, step.slot.page_offset() / 8,
+                visits.push_back(fmt::format("{}[{}]@{:#x}", step.level->name,
+                                             step.slot.page_offset() / step.level->entry_bytes,
                                              step.address.value()));
                 return next(step);
             });
@@ -82,6 +84,33 @@ TEST(Format, IndexesAreNineBitsEach) {
         EXPECT_EQ(&paging_5_level.level(level.number), &level);
 }
 
+TEST(Format, IndexesOf32BitModes) {
+    const GuestVirt at(0xdead'beef); // 11'0111 1010'1 101 1011'1110
+    EXPECT_EQ(paging_pae.level(3).index(at), 3U);
+    EXPECT_EQ(paging_pae.level(2).index(at), 0xf5U);
+    EXPECT_EQ(paging_pae.level(1).index(at), 0xdbU);
+    for (const PagingFormat& format : {paging_32_bit, paging_32_bit_pse}) {
+        EXPECT_EQ(format.level(2).index(at), 0x37aU);
+        EXPECT_EQ(format.level(1).index(at), 0x2dbU);
+        EXPECT_EQ(format.level(1).index(GuestVirt(0xffff'ffff)), 1023U);
+    }
+}
+
+TEST(Format, EntryCountsFillTheirTables) {
+    for (const PagingFormat& format :
+         {paging_5_level, paging_4_level, paging_pae, paging_32_bit, paging_32_bit_pse}) {
+        for (const Level& level : format.levels) {
+            const bool pdpt_of_pae = level.in_registers;
+            EXPECT_EQ(std::size_t{level.entries()} * level.entry_bytes, pdpt_of_pae ? 32 : page_size);
+            if (level.number > 1) {
+                const Level& below = format.level(level.number - 1);
+                EXPECT_EQ(level.shift, below.shift + below.index_bits);
+            }
+        }
+        EXPECT_EQ(format.level(1).shift, page_shift);
+    }
+}
+
 TEST(Format, CanonicalAddresses) {
     EXPECT_EQ(paging_4_level.address_bits(), 48U);
     EXPECT_EQ(paging_5_level.address_bits(), 57U);
@@ -97,6 +126,40 @@ TEST(Format, CanonicalAddresses) {
         EXPECT_EQ(format.sign_extend(half - 1), GuestVirt(half - 1));
     }
     EXPECT_TRUE(paging_5_level.canonical(GuestVirt(std::uint64_t{1} << 47)));
+}
+
+TEST(Format, AddressesOf32BitModes) {
+    constexpr std::uint64_t gb4 = std::uint64_t{1} << 32;
+    for (const PagingFormat& format : {paging_pae, paging_32_bit, paging_32_bit_pse, paging_off}) {
+        EXPECT_EQ(format.address_bits(), 32U);
+        EXPECT_FALSE(format.long_mode());
+        EXPECT_TRUE(format.canonical(GuestVirt(0)));
+        EXPECT_TRUE(format.canonical(GuestVirt(0x8000'0000)));
+        EXPECT_TRUE(format.canonical(GuestVirt(gb4 - 1)));
+        EXPECT_FALSE(format.canonical(GuestVirt(gb4)));
+        EXPECT_FALSE(format.canonical(GuestVirt(~std::uint64_t{0})));
+        EXPECT_EQ(format.sign_extend(0x8000'0000), GuestVirt(0x8000'0000));
+        EXPECT_EQ(format.sign_extend(gb4 + 5), GuestVirt(5));
+    }
+    EXPECT_TRUE(paging_4_level.long_mode() && paging_5_level.long_mode());
+}
+
+TEST(Format, LeavesOf32BitModes) {
+    const GuestEntry large(0x8000'0000 | 0x5a << 13 | table_bits | entry_bit::page_size);
+    EXPECT_FALSE(large.leaf(paging_32_bit.level(2))) << "PS is ignored while CR4.PSE is 0";
+    EXPECT_TRUE(large.leaf(paging_32_bit_pse.level(2)));
+    EXPECT_EQ(large.page(paging_32_bit_pse.level(2)).base(), GuestPhys(0x5a'8000'0000)) << "PSE-36";
+    EXPECT_EQ(large.table().base(), GuestPhys(0x800b'4000));
+    EXPECT_TRUE(GuestEntry(table_bits).leaf(paging_32_bit.level(1)));
+    EXPECT_EQ(GuestEntry(0xffff'f007).page(paging_32_bit.level(1)).base(), GuestPhys(0xffff'f000));
+    EXPECT_FALSE(large.leaf(paging_pae.level(3)));
+    EXPECT_TRUE(large.leaf(paging_pae.level(2)));
+    EXPECT_EQ(large.page(paging_pae.level(2)).base(), GuestPhys(0x8000'0000));
+}
+
+TEST(Format, ProtectionKey) {
+    EXPECT_EQ(GuestEntry(std::uint64_t{0xb} << 59 | table_bits).key(), 0xbU);
+    EXPECT_EQ(GuestEntry(~(std::uint64_t{0xf} << 59)).key(), 0U);
 }
 
 TEST(Format, LeafAndFrame) {
@@ -130,6 +193,53 @@ TEST(Walker, OneAddressMeetsOneEntryPerLevel) {
     ASSERT_EQ(five.visits.size(), 5U);
     EXPECT_EQ(five.visits[0], "PML5E[0]@0x123456789abc");
     EXPECT_EQ(five.visits[4], "PTE[393]@0x123456789abc");
+}
+
+TEST(Walker, OneAddressIn32BitModes) {
+    const GuestVirt at(0xdead'beef);
+    Tables pae(paging_pae);
+    pae.map(at, 1, GuestFrame(0x777));
+    EXPECT_TRUE(pae.walk(at, at));
+    EXPECT_EQ(pae.visits, (Visits{"PDPTE[3]@0xdeadbeef", "PDE[245]@0xdeadbeef", "PTE[219]@0xdeadbeef"}));
+    for (const PagingFormat& format : {paging_32_bit, paging_32_bit_pse}) {
+        Tables legacy(format);
+        legacy.map(at, 1, GuestFrame(0x777));
+        EXPECT_TRUE(legacy.walk(at, at));
+        EXPECT_EQ(legacy.visits, (Visits{"PDE[890]@0xdeadbeef", "PTE[731]@0xdeadbeef"}));
+        EXPECT_TRUE(legacy.entries.contains(GuestPhys(0x1000 + 890 * 4))) << "entries of 4 bytes";
+    }
+}
+
+TEST(Walker, PageSizeBitOf32BitPaging) {
+    Tables tables(paging_32_bit_pse);
+    tables.map(GuestVirt(0x40'0000), 2, GuestFrame(0));
+    EXPECT_TRUE(tables.walk(GuestVirt(0x40'5000), GuestVirt(0x40'5000)));
+    EXPECT_EQ(tables.visits, (Visits{"PDE[1]@0x405000"}));
+    Tables without(paging_32_bit);
+    without.entries = tables.entries;
+    EXPECT_TRUE(without.walk(GuestVirt(0x40'5000), GuestVirt(0x40'5000)));
+    EXPECT_EQ(without.visits, (Visits{"PDE[1]@0x405000", "PTE[5]@0x405000"}));
+}
+
+TEST(Walker, AllOfA32BitSpace) {
+    for (const PagingFormat& format : {paging_pae, paging_32_bit, paging_32_bit_pse}) {
+        Tables tables(format);
+        tables.map(GuestVirt(0), 1, GuestFrame(1));
+        tables.map(GuestVirt(0xffff'ffff), 1, GuestFrame(2));
+        std::size_t visits = format.root().entries();
+        for (const Level& level : format.levels.subspan(1))
+            visits += 2U * level.entries();
+        EXPECT_TRUE(tables.walk(GuestVirt(0), GuestVirt(0xffff'ffff)));
+        EXPECT_EQ(tables.visits.size(), visits) << "no address is met twice, none beyond the last";
+        EXPECT_EQ(tables.visits.back(), fmt::format("PTE[{}]@0xfffff000", format.level(1).entries() - 1));
+    }
+}
+
+TEST(Walker, NothingToVisitWithPagingOff) {
+    Tables tables(paging_off);
+    EXPECT_TRUE(tables.walk(GuestVirt(0), GuestVirt(0xffff'ffff)));
+    EXPECT_TRUE(tables.visits.empty());
+    EXPECT_EQ(tables.reads, 0U);
 }
 
 TEST(Walker, GoesThroughTheTableThatTheEntryNames) {
@@ -244,7 +354,7 @@ TEST(Walker, BeginsAtAnyDepth) {
     Visits visits;
     EXPECT_TRUE(walk(
         paging_4_level, GuestFrame(3), GuestVirt(0), GuestVirt(0),
-        [&tables](GuestPhys slot) { return tables.entries.at(slot); },
+        [&tables](const Level&, GuestPhys slot) { return tables.entries.at(slot); },
         [&visits](const WalkStep<GuestPhysSpace>& step) {
             visits.emplace_back(step.level->name);
             return WalkNext::descend;

@@ -186,13 +186,21 @@ std::uint64_t Kvm::cr4_offered() const {
 
 // --- Vm
 
-void Vm::add_memory(unsigned slot, MachinePhys base, std::span<std::byte> bytes) {
+void Vm::add_memory(unsigned slot, MachinePhys base, std::span<std::byte> bytes, WriteLog log) {
     kvm_userspace_memory_region region{};
     region.slot = slot;
+    region.flags = log == WriteLog::on ? KVM_MEM_LOG_DIRTY_PAGES : 0;
     region.guest_phys_addr = base.value();
     region.memory_size = bytes.size();
     region.userspace_addr = reinterpret_cast<std::uint64_t>(bytes.data());
     must(file_, "KVM_SET_USER_MEMORY_REGION", KVM_SET_USER_MEMORY_REGION, &region);
+}
+
+bool Vm::written_pages(unsigned slot, std::span<std::uint64_t> bits) {
+    kvm_dirty_log log{};
+    log.slot = slot;
+    log.dirty_bitmap = bits.data();
+    return control(file_, KVM_GET_DIRTY_LOG, &log) == 0;
 }
 
 void Vm::create_interrupt_controllers() {

@@ -131,13 +131,20 @@ class Vcpu {
     int error_ = 0; ///< errno of a failed KVM_RUN
 };
 
+/// Whether KVM notes which pages of a memory slot are written to.
+enum class WriteLog : bool { off, on };
+
 class Vm {
   public:
     Vm(File file, std::size_t run_size) : file_(std::move(file)), run_size_(run_size) {}
 
     /// Gives the machine `bytes` (page aligned, outliving the Vm) at `base`. Slots that exist before
     /// create_irqchip cost microseconds, later ones milliseconds.
-    void add_memory(unsigned slot, MachinePhys base, std::span<std::byte> bytes);
+    void add_memory(unsigned slot, MachinePhys base, std::span<std::byte> bytes,
+                    WriteLog log = WriteLog::off);
+    /// KVM_GET_DIRTY_LOG: which pages of a slot with a log the machine has written to since the last call, a
+    /// bit each; `bits` holds them all. False if KVM refuses.
+    [[nodiscard]] bool written_pages(unsigned slot, std::span<std::uint64_t> bits);
     /// In-kernel PIC, I/O APIC, local APICs and PIT; before any vCPU. The PIT's ticks that a guest cannot
     /// take in time are lost, as on a PC: they are not made up for.
     void create_interrupt_controllers();
