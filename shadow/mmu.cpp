@@ -92,9 +92,9 @@ TableIndex Mmu::root_table(bool user) {
             root = tables_.root(key, required_);
         }
         pin(current, root);
+        if (key.role.mode == GuestMode::pae) // loaded by what also flushes
+            tables_.set_registers(*current, paging_.pdptes);
     }
-    if (key.role.mode == GuestMode::pae)
-        tables_.set_registers(*current, paging_.pdptes);
     return *current;
 }
 
@@ -141,8 +141,10 @@ MissResult Mmu::fault(GuestVirt at, Access access) {
     if (access.write && tables_.is_protected(MachineFrame(walk.address.frame().number()))) {
         ShadowTables::GuestTable& page = tables_.guest_tables_.at(walk.address.frame());
         const bool watched = tables_.config_.sync == Sync::trap;
-        if (watched && tables_.is_live(page))
+        if (watched && tables_.is_live(page)) {
+            asked_ = AskedWrite{at, access.user, stale.has_value(), walk};
             return {.outcome = Miss::table_write, .address = walk.address};
+        }
         watched ? tables_.give_up(page) : tables_.unprotect(page);
     }
     if (sanitizer_ != nullptr && !stale)
@@ -199,20 +201,21 @@ void Mmu::fill(const GuestWalk& walk, GuestVirt at, bool user, ShadowTables::Rem
     (void)tables_.install(root_table(user), paging_, walk, at, remember);
 }
 
-void Mmu::begin_table_write(GuestVirt at, Access access) {
+void Mmu::begin_table_write() {
     const auto editing = edit();
-    const std::optional<GuestWalk> stale = sanitizer_ != nullptr ? stale_walk(at, access) : std::nullopt;
-    const GuestWalk walk = stale ? *stale : translate(tables_.memory_, paging_, at, access);
-    tables_.marked(walk);
-    if (walk.fault)
+    if (!asked_)
         return;
-    const GuestFrame frame = walk.address.frame();
+    const AskedWrite write = *std::exchange(asked_, std::nullopt);
+    const GuestFrame frame = write.walk.address.frame();
     if (const auto found = tables_.guest_tables_.find(frame); found != tables_.guest_tables_.end()) {
         ++tables_.counters_.table_writes;
         found->second.open = true;
         open_.push_back(frame);
     }
-    fill(walk, at, access.user, stale ? ShadowTables::Remember::no : ShadowTables::Remember::yes);
+    if (sanitizer_ != nullptr && !write.stale)
+        sanitizer_->used(write.at, write.walk, paging_);
+    fill(write.walk, write.at, write.user,
+         write.stale ? ShadowTables::Remember::no : ShadowTables::Remember::yes);
 }
 
 std::vector<TableWrite> Mmu::finish_table_write() {

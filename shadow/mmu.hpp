@@ -56,6 +56,8 @@ class Mmu {
     ~Mmu();
     Mmu(const Mmu&) = delete;
     Mmu& operator=(const Mmu&) = delete;
+    Mmu(Mmu&&) = delete;
+    Mmu& operator=(Mmu&&) = delete;
 
     /// The paging state that later calls are about. A change of rights (WP, NXE, SMEP …) or of the root takes
     /// effect with the next `enter` and `fault`; what the change flushes must be said by `flush`. MOV CR3
@@ -96,12 +98,13 @@ class Mmu {
     /// Forgets every table.
     void reset();
 
-    /// After Miss::table_write: lets the access at `at` through, until finish_table_write. The caller runs
-    /// the guest for one instruction.
-    void begin_table_write(GuestVirt at, Access access);
+    /// After Miss::table_write, before anything else: lets that access through, until finish_table_write. The
+    /// caller runs the guest for one instruction.
+    void begin_table_write();
     /// Ends what begin_table_write began: what the instruction changed in tables of the guest. Shadow entries
     /// made from what was there before are dropped.
     [[nodiscard]] std::vector<TableWrite> finish_table_write();
+
     [[nodiscard]] bool table_write_begun() const { return !open_.empty(); }
 
     /// What `enter` would ask for now.
@@ -137,7 +140,14 @@ class Mmu {
 
     std::array<std::optional<TableIndex>, 2> current_; ///< roots in use, pinned: kernel, user
     std::uint64_t resets_ = 0;                         ///< of the tables, when current_ was set
-    std::vector<GuestFrame> open_;                     ///< tables with a write under way
+    struct AskedWrite {
+        GuestVirt at;
+        bool user = false;
+        bool stale = false; ///< by an old translation
+        GuestWalk walk;
+    };
+    std::optional<AskedWrite> asked_; ///< the last Miss::table_write
+    std::vector<GuestFrame> open_;    ///< tables with a write under way
 
     std::vector<GuestVirt> exposed_; ///< pages filled for a fetch, though hidden from data accesses
     bool just_exposed_ = false;      ///< the last of them by the last fault: the fetch is still to come

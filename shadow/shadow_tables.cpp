@@ -998,8 +998,8 @@ void ShadowTables::fill_direct(TableIndex index) {
 void ShadowTables::prefetch(TableIndex index, const GuestPaging& paging, const GuestWalk::Step& leaf,
                             GuestVirt at) {
     const Table& subject = table(index);
-    if (config_.prefetch <= 1 || subject.guest == nullptr)
-        return;
+    if (config_.prefetch <= 1 || config_.sync == Sync::trap || subject.guest == nullptr)
+        return; // where the guest is watched, only what it uses is there
     const Role& role = subject.key.role;
     const TableShape shape = shape_of(subject.key);
     const auto guest = memory_.range(subject.key.origin, shape.bytes());

@@ -101,6 +101,8 @@ class ShadowTables {
     ~ShadowTables();
     ShadowTables(const ShadowTables&) = delete;
     ShadowTables& operator=(const ShadowTables&) = delete;
+    ShadowTables(ShadowTables&&) = delete;
+    ShadowTables& operator=(ShadowTables&&) = delete;
 
     [[nodiscard]] const MmuConfig& config() const { return config_; }
     [[nodiscard]] const GuestMemory& memory() const { return memory_; }

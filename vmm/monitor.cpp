@@ -267,7 +267,7 @@ Monitor::Step Monitor::begin_table_write(const Trap& trap, Access access, GuestP
                                    (access.user ? PageFault::user : 0);
         return deliver_event(Event::of(Exception::page_fault({trap.address, code})), TrapReason::page_fault);
     }
-    mmu_.begin_table_write(trap.address, access);
+    mmu_.begin_table_write();
     if (!table_write_)
         table_write_ = origin();
     return std::nullopt;

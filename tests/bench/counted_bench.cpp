@@ -26,6 +26,8 @@ std::optional<Counted> count_traps(const Kvm& kvm, const char* guest, bool virtu
                           .debug_output = {}});
     MonitorOptions options;
     options.virtual_tlb = virtual_tlb;
+    if (virtual_tlb) // it would only pay for the protection of tables, and for the large pages split for it
+        options.sync = Sync::compare;
     Monitor monitor(machine, probe_traits(kvm), boot_cpu(load_kernel(kernel, {}, machine.memory())), options);
     RunControl control;
     if (monitor.run(control).kind != Verdict::Kind::passed)

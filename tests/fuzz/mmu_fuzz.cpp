@@ -40,6 +40,9 @@ struct Cpu {
     GuestPaging paging;
     bool user = false, ac = false, trap_user_fetch = false;
     bool in_guest = false;
+    bool in_step = false; ///< nobody has written to RAM since this vCPU's last flush of everything
+    bool exposed = false; ///< a page is mapped only because it was fetched from (Role::user_pages_hidden)
+    GuestVirt last;       ///< address used
     std::optional<MachineFrame> root;         ///< that the machine has loaded
     std::map<std::uint64_t, Translation> tlb; ///< by page of the address
     /// Entries that the machine has met present and believes, where it does not see stores: by place.
@@ -155,8 +158,12 @@ class Program {
             invalidate(cpu);
             break;
         case 11:
-            cpu.user = !cpu.user;
-            trace("user {}", cpu.user);
+            if (input_.below(2) == 0)
+                cpu.user = !cpu.user;
+            else
+                cpu.ac = !cpu.ac;
+            trace("user {} ac {}", cpu.user, cpu.ac);
+            cpu.mmu.set_alignment_check(cpu.ac);
             enter(cpu);
             break;
         case 12:
@@ -170,8 +177,17 @@ class Program {
         }
     }
 
-    [[nodiscard]] GuestVirt address(const Cpu& cpu) {
-        return SmallMemory::address(input_, *cpu.paging.format);
+    /// The last one again, or another: random addresses rarely meet.
+    [[nodiscard]] GuestVirt address(Cpu& cpu) {
+        if (input_.below(2) == 0 || !cpu.paging.format->canonical(cpu.last))
+            cpu.last = SmallMemory::address(input_, *cpu.paging.format);
+        return cpu.last;
+    }
+
+    /// RAM is about to change.
+    void note_write() {
+        for (Cpu& cpu : cpus_)
+            cpu.in_step = false;
     }
 
     /// A store by umbra or a device.
@@ -179,11 +195,13 @@ class Program {
         const GuestPhys slot = SmallMemory::slot(input_);
         const auto value = input_.take<std::uint64_t>();
         trace("write {} {:#x}", slot, value);
+        note_write();
         check(memory_.write(slot, value), "a slot of RAM can be written");
         check_writes(tables_.wrote(slot, sizeof(value)));
     }
 
     void write_entry(const Level& level, GuestPhys slot, GuestEntry entry) {
+        note_write();
         put(memory_, level, slot, entry);
         check_writes(tables_.wrote(slot, level.entry_bytes));
     }
@@ -217,7 +235,8 @@ class Program {
         if (!format->long_mode())
             paging.pcid = 0;
         trace("paging {:#x}: {} levels", bits, format->levels.size());
-        load_registers(cpu);
+        if (flushes) // the Mmu takes the registers over with a flush only
+            load_registers(cpu);
         cpu.mmu.set_trap_user_fetch(cpu.trap_user_fetch);
         cpu.mmu.set_alignment_check(cpu.ac);
         cpu.mmu.set_paging(paging);
@@ -241,7 +260,7 @@ class Program {
         const auto bits = input_.take<std::uint8_t>();
         if (cpu.paging.format->long_mode())
             cpu.paging.pcid = bits & 3;
-        const bool keeps = (bits & 0xc) == 0xc; // CR3 bit 63
+        const bool keeps = cpu.paging.format->long_mode() && (bits & 0xc) == 0xc; // CR3 bit 63
         trace("cr3 {} pcid {}{}", cpu.paging.root.base(), cpu.paging.pcid, keeps ? " no flush" : "");
         cpu.mmu.set_paging(cpu.paging);
         if (!keeps)
@@ -266,7 +285,7 @@ class Program {
 
     void invalidate(Cpu& cpu) {
         const GuestVirt at = address(cpu);
-        if (input_.below(2) != 0) // random addresses rarely meet
+        if (input_.below(2) != 0)
             extend(cpu, at);
         trace("invlpg {}", at);
         cpu.mmu.invalidate(at);
@@ -318,6 +337,7 @@ class Program {
         state.debt.paid();
         cpu.root = state.root;
         cpu.in_guest = true;
+        cpu.exposed = false;
         check_told(cpu);
     }
 
@@ -373,8 +393,12 @@ class Program {
             if (const auto found = lookup(cpu, at, access)) {
                 check_is_guests(found->page);
                 const GuestPhys target(found->page.base().value() + at.page_offset());
-                if (value && SmallMemory::offset(target))
+                if (cpu.in_step && !cpu.exposed)
+                    check_page(cpu, at, *found);
+                if (value && SmallMemory::offset(target)) {
+                    note_write();
                     check(memory_.write(target, *value), "a page of RAM can be written");
+                }
                 break;
             }
             check(misses < patience, "{} is filled, and still a miss", at);
@@ -391,10 +415,11 @@ class Program {
             if (miss.outcome == Miss::table_write) {
                 check(access.write && miss.address == wanted.address, "the write is to {}", wanted.address);
                 check(!open, "one write is let through once");
-                cpu.mmu.begin_table_write(at, access);
+                cpu.mmu.begin_table_write();
                 open = true;
             }
             enter(cpu);
+            cpu.exposed = access.fetch && !access.user && cpu.paging.smap && !cpu.ac;
             const auto made = translate_by_shadow(cpu, at, nullptr);
             check(made.has_value(), "{} is filled, and the tables do not map it", at);
             check(made->page == machine_frame(wanted.address.frame()), "{} is filled with another page", at);
@@ -519,7 +544,8 @@ class Program {
     }
 
     /// Right after a flush: all that the machine can reach is what the guest's tables say now.
-    void check_in_step(const Cpu& cpu) const {
+    void check_in_step(Cpu& cpu) const {
+        cpu.in_step = true;
         for_each_leaf(cpu, [&](const WalkStep<MachinePhysSpace>& step, Translation first) {
             check_page(cpu, step.address, first);
             const std::uint64_t last = step.level->span() - page_size; // of a large page

@@ -23,7 +23,11 @@ class ShadowMachine final : public Machine {
     }
 
     [[nodiscard]] const GuestMemory& memory() const override { return machine_.memory; }
-    void store(std::uint64_t at, std::uint64_t value) override { machine_.store(GuestPhys(at), value); }
+    void store(std::uint64_t at, std::uint64_t value) override {
+        machine_.store(GuestPhys(at), value);
+        if (!machine_.mmu.debt().none()) // it trapped
+            machine_.enter();
+    }
 
     void start(const Cpu& cpu) override {
         set_paging(cpu);
@@ -75,7 +79,7 @@ class ShadowMachine final : public Machine {
         stale_.reset();
         const MissResult result = machine_.mmu.fault(GuestVirt(at), to_access(access));
         if (result.outcome == Miss::table_write)
-            machine_.mmu.begin_table_write(GuestVirt(at), to_access(access));
+            machine_.mmu.begin_table_write();
         machine_.enter();
         return {.filled = result.outcome == Miss::filled || result.outcome == Miss::table_write,
                 .no_slot = result.outcome == Miss::no_slot,

@@ -321,6 +321,7 @@ void ReferenceMmu::flush_all() {
         versions.erase(versions.begin(), versions.end() - 1);
     eras_.clear();
     flushes_.clear();
+    nxe_ = {{now_, cpu_.nxe ? 1U : 0U}};
     begin_era();
 }
 
@@ -402,6 +403,8 @@ bool ReferenceMmu::set_control(Cpu to) {
     if (!to.pcide)
         to.pcid = 0;
     cpu_ = to;
+    if (to.nxe != from.nxe)
+        nxe_.push_back({++now_, to.nxe ? 1U : 0U});
     // 4.10.4.1, MOV to CR4.
     if (to.pge != from.pge || (from.pcide && !to.pcide))
         flush_all();
@@ -458,6 +461,16 @@ std::uint64_t ReferenceMmu::current_from(std::uint16_t pcid, std::uint64_t time)
         const std::uint64_t end = i + 1 < eras_.size() ? eras_[i + 1].since : never;
         if (eras_[i].pcid == pcid && end > time)
             return std::max(time, eras_[i].since);
+    }
+    return never;
+}
+
+/// The first moment, from `time` on, when EFER.NXE is 1.
+std::uint64_t ReferenceMmu::nxe_from(std::uint64_t time) const {
+    for (std::size_t i = 0; i < nxe_.size(); ++i) {
+        const std::uint64_t end = i + 1 < nxe_.size() ? nxe_[i + 1].since : never;
+        if (nxe_[i].value != 0 && end > time)
+            return std::max(time, nxe_[i].since);
     }
     return never;
 }
@@ -522,14 +535,16 @@ bool ReferenceMmu::search(const Query& query, const Path& path) const {
         const std::uint64_t gone = i + 1 < versions.size() ? versions[i + 1].since : never;
         if (gone <= path.time)
             break; // so are all that are older
-        Path next = path;
-        next.time = current_from(path.pcid, std::max(path.time, versions[i].since));
-        if (next.time >= std::min(gone, path.before))
-            continue;
-        next.before = path.end;
         std::uint64_t entry = versions[i].value;
         if (cpu_.mode == Mode::legacy)
             entry = (where & 4) != 0 ? entry >> 32 : entry & 0xffff'ffff;
+        Path next = path;
+        next.time = current_from(path.pcid, std::max(path.time, versions[i].since));
+        while ((entry & xd) != 0 && nxe_from(next.time) > next.time)
+            next.time = current_from(path.pcid, nxe_from(next.time));
+        if (next.time >= std::min(gone, path.before))
+            continue;
+        next.before = path.end;
         if (usable(query, next, entry))
             return true;
     }
@@ -537,7 +552,9 @@ bool ReferenceMmu::search(const Query& query, const Path& path) const {
 }
 
 bool ReferenceMmu::usable(const Query& query, const Path& path, std::uint64_t entry) const {
-    if ((entry & p) == 0 || (entry & accessed) == 0 || malformed(cpu_, path.level, entry))
+    Cpu then = cpu_; // when the entry was read; `search` has seen to NXE
+    then.nxe = true;
+    if ((entry & p) == 0 || (entry & accessed) == 0 || malformed(then, path.level, entry))
         return false;
     const bool leaf = maps_page(cpu_, path.level, entry);
     if (leaf != (path.level == query.leaf))

@@ -91,8 +91,8 @@ struct Range {
 /// - a TLB entry is one such walk as a whole. A write uses it only if the dirty flag was set when it was
 /// made;
 /// - both belong to the PCID that was current; a global TLB entry (CR4.PGE) belongs to all.
-/// Rights are checked when an entry is used, by what CR0, CR4, EFER.NXE, PKRU and EFLAGS.AC say then. XD in
-/// an entry made while NXE was 1 is not looked at later with NXE = 0: such an entry is reserved, not cached.
+/// Rights are checked when an entry is used, by what CR0, CR4, PKRU and EFLAGS.AC say then. EFER.NXE counts
+/// when an entry is read: with XD set it is well-formed only while NXE is 1.
 class ReferenceMmu final : public Memory {
   public:
     explicit ReferenceMmu(std::vector<Range> ram) : ram_(std::move(ram)) {}
@@ -156,6 +156,7 @@ class ReferenceMmu final : public Memory {
     [[nodiscard]] std::uint64_t structures_dropped_after(std::uint64_t time, std::uint16_t pcid,
                                                          std::uint64_t at) const;
     [[nodiscard]] std::uint64_t current_from(std::uint16_t pcid, std::uint64_t time) const;
+    [[nodiscard]] std::uint64_t nxe_from(std::uint64_t time) const;
     [[nodiscard]] bool search(const Query& query, const Path& path) const;
     [[nodiscard]] bool usable(const Query& query, const Path& path, std::uint64_t entry) const;
 
@@ -164,6 +165,7 @@ class ReferenceMmu final : public Memory {
     std::unordered_map<std::uint64_t, std::vector<Version>> memory_; ///< oldest first; one since flush_all
     std::vector<Era> eras_;                                          ///< likewise
     std::vector<Flush> flushes_;                                     ///< since flush_all
+    std::vector<Version> nxe_; ///< values of EFER.NXE; the last one, and those since flush_all
     std::uint64_t now_ = 0;
 };
 

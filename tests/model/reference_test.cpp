@@ -230,6 +230,24 @@ TEST_F(Caches, RightsAreThoseOfTheEntryAndOfNow) {
     EXPECT_TRUE(may_reach(a, first, {.ac = true}));
 }
 
+TEST_F(Caches, ExecuteDisableIsReservedWhenItIsRead) {
+    constexpr std::uint64_t xd = std::uint64_t{1} << 63;
+    const auto set_nxe = [this](bool nxe) {
+        Cpu cpu = mmu.cpu();
+        cpu.nxe = nxe;
+        EXPECT_TRUE(mmu.set_control(cpu));
+    };
+    mmu.store(pt, first | all | xd);
+    touch(a);
+    set_nxe(false);
+    EXPECT_TRUE(may_reach(a, first)) << "read while NXE was 1";
+    mmu.invlpg(a);
+    EXPECT_FALSE(may_reach(a, first));
+    set_nxe(true);
+    EXPECT_TRUE(may_reach(a, first));
+    EXPECT_FALSE(may_reach(a, first, {.kind = Kind::fetch}));
+}
+
 TEST_F(Caches, GeneralProtection) {
     EXPECT_FALSE(mmu.invpcid(0, 1, a)) << "PCIDE is 0";
     EXPECT_FALSE(mmu.invpcid(4, 0, a));

@@ -88,7 +88,7 @@ std::optional<std::string> Runner::access(std::uint64_t at, Access access) {
             const bool execute_only = reference_.cpu().smap && !reference_.cpu().smep && !access.user;
             Access as_if = access;
             as_if.ac |= execute_only;
-            if (!reference_.may_have_cached(at, as_if, wanted))
+            if (sanitize_ != Sanitize::keep && !reference_.may_have_cached(at, as_if, wanted))
                 return fmt::format("reached {:#x}, which no CPU would", *hit);
             const Walk now = reference_.walk(at, access);
             const bool stale = now.error_code || Machine::bus(now.physical) != *hit;
@@ -106,6 +106,8 @@ std::optional<std::string> Runner::access(std::uint64_t at, Access access) {
                 return wrong;
             if (sanitize_ == Sanitize::keep && missed.filled)
                 continue;
+            if (sanitize_ == Sanitize::keep && missed.trapped_user_fetch)
+                return std::nullopt;
         }
         if (wanted.error_code) {
             if (missed.filled || missed.trapped_user_fetch)
@@ -139,11 +141,16 @@ std::optional<std::string> Runner::access(std::uint64_t at, Access access) {
 std::optional<std::string> Runner::stale_use(std::uint64_t at, Access access, const StaleUse& use) {
     ++stale_reports_;
     ReferenceMmu after = reference_;
-    if (use.through_structure_cache) { // what lies below the cached entry is read, and marked, now
-        Walk walk;
-        for (const GuestWalk::Step& step : use.before.visited())
-            walk.steps[walk.count++] = {step.level->number, step.slot.value(), step.entry.raw()};
-        after.mark(walk, access.kind == Kind::write);
+    // What was read now, below a cached entry, is marked; what was cached was marked already.
+    const auto steps = use.before.visited();
+    for (std::size_t i = 0; use.through_structure_cache && i < steps.size(); ++i) {
+        const bool written = access.kind == Kind::write && i + 1 == steps.size();
+        const std::uint64_t flags = entry_bit::accessed | (written ? entry_bit::dirty : std::uint64_t{0});
+        Walk one;
+        one.count = 1;
+        one.steps[0] = {steps[i].level->number, steps[i].slot.value(), steps[i].entry.raw()};
+        if (!steps[i].entry.has(flags))
+            after.mark(one, written);
     }
     const auto wanted = [&](std::uint64_t physical, bool) { return physical == use.before.address.value(); };
     if (!after.may_have_cached(at, access, wanted))

@@ -179,8 +179,11 @@ class Vcpu {
         for (unsigned attempt = 0; attempt < patience; ++attempt) {
             const MachineFrame root = enter();
             const auto reached = translate_by_hardware(root, at, write);
-            if (reached)
+            if (reached) {
+                if (write && below(2) == 0)
+                    std::this_thread::yield(); // a chance for the others to take away what was found
                 effect();
+            }
             mmu_.left();
             if (reached) {
                 if (mmu_.table_write_begun())
@@ -191,7 +194,7 @@ class Vcpu {
             if (miss.outcome == Miss::guest_fault)
                 return std::nullopt;
             if (miss.outcome == Miss::table_write)
-                mmu_.begin_table_write(at, access);
+                mmu_.begin_table_write();
         }
         fail(fmt::format("vCPU {}: an access makes no progress", number_));
         return std::nullopt;
@@ -302,7 +305,6 @@ TEST_P(Threads, FaultWriteFlushAtOnce) {
     }
     if (GetParam().pool_pages < 64) {
         EXPECT_GT(tables.counters().tables_recycled, 100U);
-        EXPECT_GT(kicks.load(), 0U);
     }
 }
 

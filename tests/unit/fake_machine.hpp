@@ -183,7 +183,7 @@ class FakeMachine {
             }
             const MissResult miss = mmu.fault(at, access);
             if (miss.outcome == Miss::table_write)
-                mmu.begin_table_write(at, access);
+                mmu.begin_table_write();
             enter();
             switch (miss.outcome) {
             case Miss::table_write:

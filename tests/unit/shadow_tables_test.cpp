@@ -384,7 +384,7 @@ TEST(Protection, LargePageIsDroppedWhereTheresNoMemoryToSplitIt) {
     const GuestFrame first{4 * mb >> page_shift};
     m.map(view + 8 * mb, first, user_bits | d, 2);
     m.write(view + 8 * mb);
-    for (int i = 0; m.pool.in_use() < m.pool.capacity(); ++i) {
+    for (unsigned i = 0; m.pool.in_use() < m.pool.capacity(); ++i) {
         m.map_new(view + 16 * mb + i * 2 * mb);
         m.read(view + 16 * mb + i * 2 * mb);
     }
@@ -440,6 +440,20 @@ TEST(Protection, PiecesAreNotMergedOverAnotherProtectedTable) {
     EXPECT_EQ(m.mmu.counters().merges, 0U);
     EXPECT_EQ(m.lookup(address + 8 * page_size, {.write = true}), std::nullopt);
     EXPECT_EQ(m.write(address + 7 * page_size), mapped(in_2mb));
+}
+
+TEST(Protection, PiecesAreNotMergedIfTheTableIsProtectedAgain) {
+    Watched m({.sync = Sync::adaptive, .trap_cost = 100});
+    const GuestVirt address = view + 8 * mb;
+    m.map(address, GuestFrame(4 * mb >> page_shift), user_bits | d, 2);
+    m.write(address);
+    m.flushes_until_protected();
+    ASSERT_EQ(m.mmu.counters().splits, 1U);
+    m.change_mapping(m.new_frame());
+    ASSERT_LT(m.flushes_until_protected(), 256U);
+    flush(m, 300);
+    EXPECT_EQ(m.mmu.counters().merges, 0U);
+    EXPECT_EQ(m.lookup(address + 7 * page_size, {.write = true}), std::nullopt);
 }
 
 // ---- umbra's own writes
@@ -771,6 +785,31 @@ TEST(Mappings, OfAProtectedTable) {
     m.read(view);
     EXPECT_EQ(places(m.tables.mappings(in_1gb)).size(), 1U);
     EXPECT_EQ(m.mmu.audit(), std::nullopt);
+}
+
+TEST(Mappings, OfTablesThatAreRecycledAreForgotten) {
+    Watched m({.pool_pages = 16, .sync = Sync::trap});
+    const GuestFrame page{8 * mb >> page_shift}, space = m.new_frame();
+    m.map(space, at, in_2mb, kernel_bits); // a table of the first space
+    m.map(space, large + 2 * mb, page, kernel_bits, 2);
+    m.load_cr3(space);
+    m.read(at);
+    m.read(large + 2 * mb);
+    ASSERT_EQ(m.tables.mappings(in_2mb).size(), 2U);
+    ASSERT_EQ(m.tables.mappings(page).size(), 1U);
+    while (m.mmu.counters().tables_recycled < 4) {
+        m.load_cr3(m.root);
+        m.read(at);
+        const GuestFrame other = m.new_frame();
+        m.map(other, at, m.new_frame(), kernel_bits);
+        m.load_cr3(other);
+        m.read(at);
+    }
+    m.load_cr3(m.root);
+    EXPECT_EQ(m.read(at), mapped(m.page));
+    EXPECT_EQ(m.misses(), 0U) << "the first space was never left for long";
+    EXPECT_EQ(m.tables.mappings(in_2mb).size(), 1U);
+    EXPECT_TRUE(m.tables.mappings(page).empty());
 }
 
 // ---- When memory is short
