@@ -48,8 +48,8 @@ void expect_nothing(std::uint64_t rpl) {
     CHECK(PROBE("mov %0, %%ds", : : "r"(selector)).is_fault(vector_gp, error));
     CHECK(PROBE("mov %0, %%fs", : : "r"(selector)).is_fault(vector_gp, error));
     CHECK(PROBE("mov %0, %%ss", : : "r"(selector)).is_fault(vector_gp, error));
-    CHECK(PROBE("rex.w lcall *%0", : : "m"(pointer) : "memory").is_fault(vector_gp, error));
-    CHECK(PROBE("rex.w ljmp *%0", : : "m"(pointer) : "memory").is_fault(vector_gp, error));
+    CHECK(PROBE(".byte 0x48\n lcall *%0", : : "m"(pointer) : "memory").is_fault(vector_gp, error));
+    CHECK(PROBE(".byte 0x48\n ljmp *%0", : : "m"(pointer) : "memory").is_fault(vector_gp, error));
     const Trap far_return =
         PROBE_SEQUENCE("mov %%rsp, %%rbx\n push %0\n push %1", "lretq", "mov %%rbx, %%rsp",
                        :
@@ -89,7 +89,7 @@ extern "C" int kernel_main(const BootParams& boot) {
     for (std::uint64_t target = 8; target <= last_selector; target += 8) {
         put_call_gate(target);
         const FarPointer pointer{.offset = 0, .selector = slot | local | 3};
-        CHECK(PROBE("rex.w lcall *%0", : : "m"(pointer) : "memory").is_fault(vector_gp, slot | local));
+        CHECK(PROBE(".byte 0x48\n lcall *%0", : : "m"(pointer) : "memory").is_fault(vector_gp, slot | local));
     }
     put_call_gate(kernel_code);
     expect_nothing(0);

@@ -421,8 +421,9 @@ std::string rights(const GuestWalk& walk, const GuestPaging& paging) {
         return fmt::format("r{}{}", write ? 'w' : '-', fetch ? 'x' : '-');
     };
     return fmt::format(
-        "kernel {}, user {}",
+        "kernel {}{}, user {}",
         letters(walk.writable || !paging.write_protect, !walk.no_execute && !(paging.smep && walk.user)),
+        paging.smap && walk.user ? " (data only with EFLAGS.AC set)" : "",
         walk.user ? letters(walk.writable, !walk.no_execute) : "---");
 }
 

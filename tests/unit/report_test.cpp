@@ -449,6 +449,39 @@ TEST_F(ReportTest, WalkThatMeetsReservedBits) {
                     "error code 0x9: the PTE has NX set, which is reserved while EFER.NXE is 0\n"));
 }
 
+TEST_F(ReportTest, WalkThatSmapForbids) {
+    cpu.cr4 |= cr4::smap;
+    set_paging();
+    add_fault(TrapAction::deliver, user_page, PageFault::present, 1);
+    EXPECT_TRUE(
+        has(section(report(), "Translation"),
+            "error code 0x1: the page is the user's, and CR4.SMAP forbids the kernel to access it while "
+            "EFLAGS.AC is 0\n"));
+    add_fault(TrapAction::deliver, user_page, PageFault::present | PageFault::fetch, 1);
+    EXPECT_TRUE(has(section(report(), "Translation"), "CR4.SMEP forbids the kernel to execute it\n"));
+    cpu.cpl = 3;
+    add_fault(TrapAction::deliver, user_page, PageFault::user, 1);
+    EXPECT_TRUE(
+        has(section(report(), "Translation"), "kernel rw- (data only with EFLAGS.AC set), user rwx\n"));
+}
+
+TEST_F(ReportTest, WalksOf32BitModes) {
+    cpu.efer = 0;
+    cpu.cr4 = cr4::pse;
+    cpu.cr3 = 0xc000;
+    const GuestVirt at(0x1234'5678);
+    ASSERT_TRUE(memory.write(GuestPhys(0xc000 + 4 * 0x48), std::uint32_t{0x1240'00a3})); // a page of 4 MB
+    set_paging();
+    add_fault(TrapAction::deliver, at.value(), 0, 1);
+    EXPECT_TRUE(has(section(report(), "Translation"), "-> 4 MB page gpa:0x12400000\n"));
+    EXPECT_TRUE(has(section(report(), "Translation"), "gpa:0x12745678, not RAM"));
+    cpu.cr4 = cr4::pae; // its registers were never loaded: all are zero
+    set_paging();
+    const std::string text = section(report(), "Translation");
+    EXPECT_TRUE(has(text, "  PDPTE  gpa:0xc000 "));
+    EXPECT_TRUE(has(text, "error code 0x0: the PDPTE is not present\n"));
+}
+
 TEST_F(ReportTest, WalkOfAWildCr3) {
     cpu.cr3 = 0x1234'5000'0000;
     set_paging();
