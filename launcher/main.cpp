@@ -1,5 +1,6 @@
 // The command line of umbra.
 
+#include "launcher/debug.hpp"
 #include "launcher/probe.hpp"
 #include "launcher/run.hpp"
 #include "vmm/cpu_model.hpp"
@@ -17,6 +18,7 @@
 
 namespace {
 
+using umbra::DebugOptions;
 using umbra::EngineKind;
 using umbra::ExitCode;
 using umbra::RunOptions;
@@ -92,8 +94,8 @@ void add_shadow_options(CLI::App& run, RunOptions& options) {
         ->group(group);
 }
 
-CLI::App* add_run(CLI::App& app, RunOptions& options) {
-    CLI::App* run = app.add_subcommand("run", "Run a guest kernel");
+/// What every way to run a guest takes.
+void add_guest_options(CLI::App* run, RunOptions& options) {
     run->footer(exit_codes);
     run->add_option("kernel", options.kernel, "64-bit ELF or Linux bzImage")->required()->type_name("KERNEL");
     run->add_option("args", options.arguments, "Added to the kernel's command line (after --)")
@@ -141,8 +143,39 @@ CLI::App* add_run(CLI::App& app, RunOptions& options) {
         ->type_name("LEVEL");
     run->add_flag("--qemu-exit", options.qemu_exit,
                   "Exit with (value << 1) | 1 for a value written to port 0xf4, as QEMU does");
+    run->add_option("--core-on-failure", options.core_on_failure,
+                    "Write the memory and registers of a guest that does not pass to a file that gdb opens")
+        ->type_name("FILE");
     add_shadow_options(*run, options);
+}
+
+CLI::App* add_run(CLI::App& app, RunOptions& options) {
+    CLI::App* run = app.add_subcommand("run", "Run a guest kernel");
+    add_guest_options(run, options);
+    run->add_option(
+           "--gdb", options.gdb,
+           "Serve gdb's and LLDB's remote protocol at [HOST:]PORT or unix:PATH; without a host, only to "
+           "this computer")
+        ->type_name("ADDRESS")
+        ->group("Debugging");
+    run->add_flag("--pause", options.pause, "Wait for the debugger before the guest's first instruction")
+        ->group("Debugging");
     return run;
+}
+
+CLI::App* add_debug(CLI::App& app, DebugOptions& options) {
+    CLI::App* debug = app.add_subcommand("debug", "Run a guest kernel under gdb, in this terminal");
+    add_guest_options(debug, options.run);
+    debug
+        ->add_option("--symbols", options.symbols,
+                     "The file with the kernel's symbols, if that is another one")
+        ->type_name("FILE")
+        ->group("Debugging");
+    debug->add_option("--command", options.commands, "A gdb command, once gdb is connected; may be repeated")
+        ->type_name("COMMAND")
+        ->allow_extra_args(false)
+        ->group("Debugging");
+    return debug;
 }
 
 void set_up_logging(const std::string& level) {
@@ -167,6 +200,8 @@ int launch(int argc, char** argv) {
     });
     RunOptions run_options;
     const CLI::App* run = add_run(app, run_options);
+    DebugOptions debug_options;
+    const CLI::App* debug = add_debug(app, debug_options);
     CLI::App* probe =
         app.add_subcommand("probe", "Tell what kind of KVM host this is, and what that means for guests");
     bool json = false;
@@ -177,7 +212,9 @@ int launch(int argc, char** argv) {
     } catch (const CLI::ParseError& error) {
         return app.exit(error) == 0 ? 0 : static_cast<int>(ExitCode::bad_usage);
     }
-    set_up_logging(run_options.log_level);
+    set_up_logging(debug->parsed() ? debug_options.run.log_level : run_options.log_level);
+    if (debug->parsed())
+        return umbra::debug_command(std::move(debug_options));
     return run->parsed() ? umbra::run_command(run_options) : umbra::probe_command(json);
 }
 

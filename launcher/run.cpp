@@ -1,6 +1,9 @@
 #include "launcher/run.hpp"
 
 #include "launcher/console.hpp"
+#include "vmm/debug/core_file.hpp"
+#include "vmm/debug/server.hpp"
+#include "vmm/debug/session.hpp"
 #include "vmm/guest_checks.hpp"
 #include "vmm/loader/memory_size.hpp"
 #include "vmm/machine.hpp"
@@ -174,45 +177,92 @@ int process_exit_code(const RunOptions& options, const Verdict& verdict) {
     return static_cast<int>(exit_code(verdict));
 }
 
-} // namespace
+/// What every run of the guest begins with, and what outlives a reset by the debugger.
+struct Session {
+    Session(const RunOptions& run_options, std::vector<std::byte> file, int serial_fd)
+        : options(run_options), kernel(std::move(file)),
+          initrd(options.initrd.empty() ? std::vector<std::byte>{} : read_file(options.initrd, "initrd")),
+          memory_bytes(parse_memory_size(options.memory)),
+          cpu(options.cpu.empty() ? CpuChoice() : CpuChoice::parse(options.cpu)),
+          symbols(Symbols::from_elf(kernel)), output(serial_fd, options.expect, control) {}
 
-int run_command(const RunOptions& options) {
-    const std::vector<std::byte> kernel = read_file(options.kernel);
-    const std::vector<std::byte> initrd =
-        options.initrd.empty() ? std::vector<std::byte>{} : read_file(options.initrd, "initrd");
-    const std::uint64_t memory_bytes = parse_memory_size(options.memory);
-    const File serial_file = open_serial(options.serial);
-    const int serial_fd = options.serial == "stdio" ? STDOUT_FILENO : serial_file.get();
-
-    const bool shadow = options.engine == EngineKind::shadow;
-    const CpuChoice cpu = options.cpu.empty() ? CpuChoice() : CpuChoice::parse(options.cpu);
+    const RunOptions& options;
+    const std::vector<std::byte> kernel, initrd;
+    const std::uint64_t memory_bytes;
+    const CpuChoice cpu;
+    const Symbols symbols;
     const Kvm kvm;
     RunControl control;
-    GuestOutput output(serial_fd, options.expect, control);
-    Machine machine(kvm, {.memory_bytes = memory_bytes,
-                          .pool_bytes = shadow ? pool_bytes(options, memory_bytes) : 0,
-                          .cpu = cpu,
-                          .serial_output = output.sink(),
-                          .debug_output = output.sink()});
-    const LoadedKernel kernel_image = load(options, kernel, initrd, machine.memory());
+    GuestOutput output;
+    std::optional<GdbServer> server;
+    std::optional<GdbSession> debugger;
+};
+
+/// Opens the door to debuggers, and says so.
+void serve_debugger(Session& session) {
+    const RunOptions& options = session.options;
+    if (options.gdb.empty()) {
+        if (options.pause)
+            throw StartupError(ExitCode::bad_usage, "--pause needs --gdb: nothing else could end the pause");
+        return;
+    }
+    if (options.engine == EngineKind::native)
+        throw StartupError(ExitCode::bad_usage, "--gdb needs the shadow engine");
+    session.server.emplace(GdbAddress::parse(options.gdb), [&session] { session.control.debugger_calls(); });
+    session.debugger.emplace(
+        *session.server, session.symbols,
+        GdbSession::Config{.pause = options.pause, .leave_with_client = options.debugger_ready != nullptr});
+    const std::string& address = session.server->address();
+    if (options.debugger_ready)
+        options.debugger_ready(address, [&session] { session.control.interrupt(); });
+    else
+        spdlog::info("{}: gdb {} -ex 'target remote {}'",
+                     options.pause ? "the guest waits for a debugger" : "a debugger can connect",
+                     options.kernel, address);
+}
+
+/// The failed guest's memory and registers, for gdb to open later.
+void save_core(const RunOptions& options, const Engine& engine, Machine& machine) {
+    const auto extended = machine.vcpu().read_extended();
+    if (const auto problem = write_core(options.core_on_failure, engine.cpu(),
+                                        extended ? &*extended : nullptr, machine.memory(), engine.paging()))
+        spdlog::warn("no core was written to '{}': {}", options.core_on_failure, *problem);
+    else
+        spdlog::info("core written: gdb {} {}", options.kernel, options.core_on_failure);
+}
+
+/// From the machine's making to its end.
+Verdict run_once(Session& session, int& exit_code) {
+    const RunOptions& options = session.options;
+    const bool shadow = options.engine == EngineKind::shadow;
+    GuestOutput& output = session.output;
+    Machine machine(session.kvm, {.memory_bytes = session.memory_bytes,
+                                  .pool_bytes = shadow ? pool_bytes(options, session.memory_bytes) : 0,
+                                  .cpu = session.cpu,
+                                  .serial_output = output.sink(),
+                                  .debug_output = output.sink()});
+    const LoadedKernel kernel_image = load(options, session.kernel, session.initrd, machine.memory());
     const VirtualCpu boot = boot_cpu(kernel_image);
     // After the machine was made: KVM is still busy with its timer then (Vm::create_interrupt_controllers).
-    const HostTraits traits = shadow ? probe_traits(kvm) : HostTraits{};
-    if (shadow && !traits.cpuid_intercepted && !cpu.none())
+    const HostTraits traits = shadow ? probe_traits(session.kvm) : HostTraits{};
+    if (shadow && !traits.cpuid_intercepted && !session.cpu.none())
         spdlog::warn(
             "this host does not intercept CPUID: the guest sees the host's features; --cpu only decides "
             "which of them work");
-    const Symbols symbols = Symbols::from_elf(kernel);
-    GuestChecks checks(check_options(options, kernel, symbols), machine.memory());
+    GuestChecks checks(check_options(options, session.kernel, session.symbols), machine.memory());
+    MonitorOptions monitor = monitor_options(options, checks);
+    if (session.debugger)
+        monitor.frontend = &*session.debugger;
     const std::unique_ptr<Engine> engine =
-        shadow ? std::unique_ptr<Engine>(
-                     std::make_unique<Monitor>(machine, traits, boot, monitor_options(options, checks)))
+        shadow ? std::unique_ptr<Engine>(std::make_unique<Monitor>(machine, traits, boot, monitor))
                : std::make_unique<NativeEngine>(machine, boot);
+    if (session.debugger)
+        session.debugger->serve_engine(*engine, machine);
     if (!options.trace.empty())
         engine->log().trace_to(options.trace);
     spdlog::debug("{}: {}, entered at {}, {} MB, {} engine", options.kernel,
                   kernel_image.protocol == BootProtocol::elf64 ? "64-bit ELF" : "Linux 64-bit boot protocol",
-                  kernel_image.entry, memory_bytes >> 20, shadow ? "shadow" : "native");
+                  kernel_image.entry, session.memory_bytes >> 20, shadow ? "shadow" : "native");
     if (shadow)
         spdlog::debug("host: userspace stores {}, IOPL {}, CPUID {}, resumed by {}",
                       traits.stores_seen ? "seen" : "not seen",
@@ -224,18 +274,26 @@ int run_command(const RunOptions& options) {
         options.timeout ? std::optional(std::chrono::duration<double>(*options.timeout)) : std::nullopt;
     const auto start = std::chrono::steady_clock::now();
     const Verdict verdict = checks.judge([&] {
-        const Attendant attendant(control, {.timeout = timeout, .input = options.serial == "stdio"});
-        return engine->run(control);
+        const Attendant attendant(
+            session.control,
+            {.timeout = timeout, .input = options.serial == "stdio" && options.serial_input});
+        return engine->run(session.control);
     }());
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     machine.platform().flush();
+    if (verdict.kind == Verdict::Kind::restart) {
+        spdlog::info("the guest starts anew: {}", verdict.reason);
+        return verdict;
+    }
 
     spdlog::log(verdict.kind == Verdict::Kind::passed ? spdlog::level::info : spdlog::level::err, "{}",
                 describe(verdict));
     if (!output.failure().empty())
         spdlog::warn("some of the guest's output was lost: {}", output.failure());
     if (wants_report(verdict, options.engine))
-        std::fputs(make_report(*engine, machine, symbols, verdict).c_str(), stderr);
+        std::fputs(make_report(*engine, machine, session.symbols, verdict).c_str(), stderr);
+    if (!options.core_on_failure.empty() && verdict.kind != Verdict::Kind::passed)
+        save_core(options, *engine, machine);
     if (options.stats != StatsFormat::none) {
         const Stats stats = gather_stats(engine->log(), engine->mmu(), machine.platform().unclaimed(),
                                          seconds.count(), ticks_per_microsecond());
@@ -244,7 +302,22 @@ int run_command(const RunOptions& options) {
     }
     if (!engine->log().finish_trace())
         spdlog::warn("the trace '{}' is incomplete: it could not be written", options.trace);
-    return process_exit_code(options, verdict);
+    exit_code = process_exit_code(options, verdict);
+    return verdict;
+}
+
+} // namespace
+
+int run_command(const RunOptions& options) {
+    std::vector<std::byte> kernel = read_file(options.kernel);
+    const File serial_file = open_serial(options.serial);
+    const int serial_fd = options.serial == "stdio" ? STDOUT_FILENO : serial_file.get();
+    Session session(options, std::move(kernel), serial_fd);
+    serve_debugger(session);
+    int exit_code = 0;
+    while (run_once(session, exit_code).kind == Verdict::Kind::restart) {
+    }
+    return exit_code;
 }
 
 } // namespace umbra

@@ -1,6 +1,7 @@
 // `umbra run`: one guest, from kernel file to exit code.
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -32,6 +33,13 @@ struct RunOptions {
     EngineKind engine = EngineKind::shadow;
     StatsFormat stats = StatsFormat::none;
     bool qemu_exit = false;
+    std::string gdb;             ///< where to serve a debugger: GdbAddress::parse; empty: nowhere
+    bool pause = false;          ///< wait for the debugger before the first instruction
+    std::string core_on_failure; ///< where a core of a guest that did not pass goes; empty: nowhere
+    bool serial_input = true;    ///< with `serial` stdio: standard input goes to the guest
+    /// A debugger can connect to this address; `end` ends the run. `umbra debug` starts gdb then, and the run
+    /// ends when its client goes.
+    std::function<void(const std::string& address, std::function<void()> end)> debugger_ready;
 };
 
 /// Runs the guest and returns the process's exit code. StartupError if it cannot be started.

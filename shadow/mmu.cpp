@@ -138,6 +138,10 @@ MissResult Mmu::fault(GuestVirt at, Access access) {
     }
     if (paging_4_level.root().index(at) == tables_.slot_ && !tables_.move_slot(paging_))
         return {.outcome = Miss::no_slot};
+    if (tables_.guard_on(at, walk.address.frame()).forbids(access)) {
+        guarded_ = AskedAccess{at, walk.address.frame()};
+        return {.outcome = Miss::guarded, .address = walk.address};
+    }
     if (access.write && tables_.is_protected(MachineFrame(walk.address.frame().number()))) {
         ShadowTables::GuestTable& page = tables_.guest_tables_.at(walk.address.frame());
         const bool watched = tables_.config_.sync == Sync::trap;
@@ -232,6 +236,22 @@ std::vector<TableWrite> Mmu::finish_table_write() {
     }
     open_.clear();
     return writes;
+}
+
+void Mmu::set_guards(Guards guards) {
+    const auto editing = edit();
+    tables_.set_guards(std::move(guards));
+}
+
+void Mmu::begin_guarded_access() {
+    const auto editing = edit();
+    if (const auto access = std::exchange(guarded_, std::nullopt))
+        tables_.open_guard(access->at, access->frame);
+}
+
+void Mmu::finish_guarded_access() {
+    const auto editing = edit();
+    tables_.close_guards();
 }
 
 void Mmu::flush(const FlushScope& scope) {

@@ -18,6 +18,7 @@ enum class Miss {
     filled,      ///< hidden fault: the access will now succeed, or get further
     guest_fault, ///< the guest's own tables ask for the fault
     table_write, ///< Sync::trap only: the write is to a table of the guest; see Mmu::begin_table_write
+    guarded,     ///< only a guard stands against the access; see Mmu::begin_guarded_access
     no_slot,     ///< the guest uses every top-level slot: there is no room for the switcher
 };
 
@@ -26,7 +27,7 @@ struct MissResult {
     PageFault fault{}; ///< only for guest_fault
     /// With guest_fault: the guest's tables allow the fetch; only trap_user_fetch stands against it.
     bool trapped_user_fetch = false;
-    GuestPhys address{}; ///< only for table_write: of the first byte written
+    GuestPhys address{}; ///< only for table_write and guarded: of the first byte accessed
 };
 
 /// Which translations a flush drops (Intel SDM vol. 3A, 4.10.4.1).
@@ -107,6 +108,15 @@ class Mmu {
 
     [[nodiscard]] bool table_write_begun() const { return !open_.empty(); }
 
+    /// From now on these accesses of the guest end in Miss::guarded, on every vCPU, and no others do. Without
+    /// a change nothing happens; with one, every table is forgotten.
+    void set_guards(Guards guards);
+    /// After Miss::guarded, before anything else: lets accesses to that page through, by that address and to
+    /// that frame, until finish_guarded_access. The caller runs the guest for one instruction, which may come
+    /// here for several pages before it is done.
+    void begin_guarded_access();
+    void finish_guarded_access();
+
     /// What `enter` would ask for now.
     [[nodiscard]] const Debt& debt() const { return ledger_.debt; }
     [[nodiscard]] unsigned reserved_slot() const { return tables_.reserved_slot(); }
@@ -147,7 +157,12 @@ class Mmu {
         GuestWalk walk;
     };
     std::optional<AskedWrite> asked_; ///< the last Miss::table_write
-    std::vector<GuestFrame> open_;    ///< tables with a write under way
+    struct AskedAccess {
+        GuestVirt at;
+        GuestFrame frame;
+    };
+    std::optional<AskedAccess> guarded_; ///< the last Miss::guarded
+    std::vector<GuestFrame> open_;       ///< tables with a write under way
 
     std::vector<GuestVirt> exposed_; ///< pages filled for a fetch, though hidden from data accesses
     bool just_exposed_ = false;      ///< the last of them by the last fault: the fetch is still to come

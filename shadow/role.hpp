@@ -42,6 +42,8 @@ struct Role {
     bool user_pages_hidden = false;
     bool user_path = true; ///< every guest entry above this table has U/S set
     bool direct = false;   ///< a piece of a large guest page: no guest table lies behind it
+    /// What it translates has a guarded page in it (Guards): not shared with places that have none.
+    bool guarded = false;
 
     bool operator==(const Role&) const = default;
 };

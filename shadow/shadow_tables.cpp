@@ -108,8 +108,9 @@ GuestFrame first_of(GuestFrame frame, unsigned level) {
 std::size_t TableKeyHash::operator()(const TableKey& key) const noexcept {
     const Role& role = key.role;
     std::uint64_t bits = static_cast<std::uint64_t>(role.mode) << 3 | key.level;
-    for (const bool flag : {role.user, role.write_protect, role.no_execute, role.large_pages,
-                            role.user_pages_nx, role.user_pages_hidden, role.user_path, role.direct})
+    for (const bool flag :
+         {role.user, role.write_protect, role.no_execute, role.large_pages, role.user_pages_nx,
+          role.user_pages_hidden, role.user_path, role.direct, role.guarded})
         bits = bits << 1 | std::uint64_t{flag};
     // Origins are multiples of 32, and below 2^52.
     return static_cast<std::size_t>((key.origin.value() << 11 ^ bits) * 0x9e37'79b9'7f4a'7c15U >> 16);
@@ -374,6 +375,7 @@ void ShadowTables::reset() {
     for (const auto& [frame, page] : guest_tables_)
         reverse_.untrack(same_frame(frame));
     guest_tables_.clear();
+    opened_.clear();
     reverse_.clear_large();
     protected_2mb_.clear();
     protected_1gb_.clear();
@@ -854,6 +856,94 @@ std::vector<ShadowSlot> ShadowTables::mappings(GuestFrame frame) {
     return found;
 }
 
+// --- Guards
+
+void ShadowTables::set_guards(Guards guards) {
+    if (guards == guards_)
+        return;
+    guards_ = std::move(guards);
+    guarded_slots_ = {};
+    for (const auto& [page, guard] : guards_.pages) {
+        for (const Level& level : paging_4_level.levels) {
+            Guard& slot = guarded_slots_[level.number - 1][level.index(page)];
+            slot = slot | guard;
+        }
+    }
+    reset(); // the places of guards are part of tables' keys
+}
+
+/// What must not go unseen of accesses to this frame by this address.
+Guard ShadowTables::guard_on(GuestVirt at, GuestFrame frame) const {
+    Guard guard;
+    if (const auto found = guards_.frames.find(frame);
+        found != guards_.frames.end() && !open_.frames.contains(frame))
+        guard = found->second;
+    if (const auto found = guards_.pages.find(at.page_base());
+        found != guards_.pages.end() && !open_.pages.contains(at.page_base()))
+        guard = guard | found->second;
+    return guard;
+}
+
+/// Whether an entry of `level` translates a guarded page, where `at` is translated.
+bool ShadowTables::has_guard(GuestVirt at, const Level& level) const {
+    if (guards_.pages.empty())
+        return false;
+    const GuestVirt first(at.value() & ~(level.span() - 1));
+    const auto guard = guards_.pages.lower_bound(first);
+    return guard != guards_.pages.end() && guard->first - first < level.span();
+}
+
+/// Until close_guards, what is guarded of this page, at this address and of this frame, is let through.
+void ShadowTables::open_guard(GuestVirt at, GuestFrame frame) {
+    if (const auto found = guards_.frames.find(frame); found != guards_.frames.end())
+        open_.frames.insert(*found);
+    if (const auto found = guards_.pages.find(at.page_base()); found != guards_.pages.end())
+        open_.pages.insert(*found);
+}
+
+void ShadowTables::close_guards() {
+    open_ = {};
+    for (const ShadowSlot place : std::exchange(opened_, {})) {
+        if (table(place.table).live)
+            drop_entry(place.table, place.slot);
+    }
+}
+
+/// The guard on a level-1 entry that maps `frame`. A table that translates guarded pages may do so for
+/// several: then each slot has the guards of all.
+Guard ShadowTables::guard_of_entry(const Table& table, unsigned slot, MachineFrame frame) const {
+    Guard guard;
+    if (guards_.frames.empty() && !table.key.role.guarded)
+        return guard;
+    const GuestFrame same(frame.number());
+    if (const auto found = guards_.frames.find(same);
+        found != guards_.frames.end() && !open_.frames.contains(same))
+        guard = found->second;
+    const auto opens_slot = [slot](const auto& open) {
+        return paging_4_level.level(1).index(open.first) == slot;
+    };
+    if (table.key.role.guarded && std::ranges::none_of(open_.pages, opens_slot))
+        guard = guard | guarded_slots_[0][slot];
+    return guard;
+}
+
+/// The level-1 entry for `frame` with these rights, but for what the guards in force forbid.
+ShadowEntry ShadowTables::guarded_entry(TableIndex index, unsigned slot, MachineFrame frame,
+                                        std::uint64_t rights) {
+    if (guards_.frames.empty() && guards_.pages.empty())
+        return {frame, rights};
+    if (!open_.frames.empty() || !open_.pages.empty())
+        opened_.push_back({index, slot}); // may have been let through
+    const Guard guard = guard_of_entry(table(index), slot, frame);
+    if (guard.read) // x86 has no pages to write to or execute alone
+        return {};
+    if (guard.write)
+        rights &= ~entry_bit::writable;
+    if (guard.fetch)
+        rights |= entry_bit::no_execute;
+    return {frame, rights};
+}
+
 // --- Filling
 
 /// The isolation boundary: no other frame number than what this returns ever enters a leaf.
@@ -871,9 +961,17 @@ MachineFrame ShadowTables::machine_frame(GuestFrame frame) const {
 bool ShadowTables::may_be_large(GuestFrame first, const Level& level) const {
     if (!memory_.contains(first.base(), level.span()))
         return false;
+    const auto guard = guards_.frames.lower_bound(first);
+    if (guard != guards_.frames.end() && guard->first - first < level.span() >> page_shift)
+        return false;
     if (level.number == 2)
         return !protected_2mb_.contains(first.number());
     return level.number == 3 && config_.gigabyte_pages && !protected_1gb_.contains(first.number());
+}
+
+bool ShadowTables::may_be_large(const Table& table, unsigned slot, GuestFrame first) const {
+    const bool guarded = table.key.role.guarded && guarded_slots_[table.key.level - 1][slot] != Guard{};
+    return !guarded && may_be_large(first, paging_4_level.level(table.key.level));
 }
 
 /// A fill goes through this table.
@@ -900,6 +998,7 @@ bool ShadowTables::install(TableIndex root, const GuestPaging& paging, const Gue
         TableKey key{table(index).key.origin, number - 1, root_role};
         if (root_role.mode == GuestMode::bits_32 && number == 3) // a quarter of the page directory maps 1 GB
             key.origin += (at.value() >> 30) * shape_of({{}, 2, root_role}).bytes();
+        key.role.guarded = has_guard(at, paging_4_level.level(number));
         const unsigned slot = paging_4_level.level(number).index(at);
         const auto next = link(index, slot, key, all_rights);
         if (!next)
@@ -925,6 +1024,7 @@ bool ShadowTables::install(TableIndex root, const GuestPaging& paging, const Gue
         }
         TableKey key{child_origin(above.role.mode, step.entry, step.level->number, at), above.level - 1,
                      above.role};
+        key.role.guarded = has_guard(at, level);
         std::uint64_t rights = all_rights;
         if (!step.level->in_registers) {
             key.role.user_path = above.role.user_path && step.entry.user();
@@ -964,14 +1064,15 @@ bool ShadowTables::install_leaf(TableIndex index, unsigned number, GuestFrame fr
             const MachineFrame target = machine_frame(frame);
             if (is_protected(target))
                 rights &= ~entry_bit::writable;
-            set_entry(index, slot, ShadowEntry(target, rights));
+            set_entry(index, slot, guarded_entry(index, slot, target, rights));
             return true;
         }
-        if (may_be_large(frame, level)) {
+        if (may_be_large(table(index), slot, frame)) {
             set_entry(index, slot, ShadowEntry(same_frame(frame), rights | entry_bit::page_size));
             return true;
         }
-        const auto next = link(index, slot, {frame.base(), number - 1, Role{.direct = true}}, rights);
+        const Role role{.direct = true, .guarded = has_guard(at, level)};
+        const auto next = link(index, slot, {frame.base(), number - 1, role}, rights);
         if (!next)
             return false;
         index = *next;
@@ -989,7 +1090,7 @@ void ShadowTables::fill_direct(TableIndex index) {
     for (unsigned slot = 0; slot < entries_per_table; ++slot) {
         const MachineFrame target = machine_frame(key.origin.frame() + slot);
         const std::uint64_t rights = is_protected(target) ? base_rights : all_rights;
-        set_entry(index, slot, ShadowEntry(target, rights));
+        set_entry(index, slot, guarded_entry(index, slot, target, rights));
     }
 }
 
@@ -1108,6 +1209,13 @@ std::optional<std::string> ShadowTables::audit() const {
                 const bool writes_tables = level.number == 1
                                                ? is_protected(frame)
                                                : !may_be_large(GuestFrame(frame.number()), level);
+                const Guard guard = level.number == 1 ? guard_of_entry(parent, slot, frame) : Guard{};
+                const bool unseen =
+                    level.number != 1 && !may_be_large(parent, slot, GuestFrame(frame.number()));
+                if (guard.read || (guard.write && entry.writable()) || (guard.fetch && !entry.no_execute()) ||
+                    (unseen && !writes_tables))
+                    return fmt::format("entry {} of table {} lets the guest use a guarded page unseen", slot,
+                                       i);
                 if (entry.writable() && writes_tables)
                     return fmt::format("entry {} of table {} makes a protected table of the guest writable",
                                        slot, i);

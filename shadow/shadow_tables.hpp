@@ -18,10 +18,12 @@
 #include "shadow/reverse_map.hpp"
 #include "shadow/role.hpp"
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <functional>
 #include <list>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -90,6 +92,28 @@ struct TableWrite {
     GuestPhys slot;
     unsigned level = 0;
     GuestEntry before, after;
+};
+
+/// Accesses that must not go unseen.
+struct Guard {
+    bool read = false, write = false, fetch = false;
+
+    [[nodiscard]] bool forbids(const Access& access) const {
+        return access.fetch ? fetch : access.write ? write : read;
+    }
+    friend Guard operator|(Guard left, Guard right) {
+        return {left.read || right.read, left.write || right.write, left.fetch || right.fetch};
+    }
+    bool operator==(const Guard&) const = default;
+};
+
+/// The debugger's guards: by frame, whatever address leads there, and by address (of the page's first byte),
+/// whatever is mapped there in any address space.
+struct Guards {
+    std::map<GuestFrame, Guard> frames;
+    std::map<GuestVirt, Guard> pages;
+
+    bool operator==(const Guards&) const = default;
 };
 
 /// All that the vCPUs' Mmus do here, they do inside `edit`.
@@ -236,6 +260,16 @@ class ShadowTables {
     void merge_quiet_pages();
     void count_protected(GuestFrame frame, int change);
 
+    // Guards
+    void set_guards(Guards guards);
+    [[nodiscard]] Guard guard_on(GuestVirt at, GuestFrame frame) const;
+    [[nodiscard]] bool has_guard(GuestVirt at, const Level& level) const;
+    void open_guard(GuestVirt at, GuestFrame frame);
+    void close_guards();
+    [[nodiscard]] Guard guard_of_entry(const Table& table, unsigned slot, MachineFrame frame) const;
+    [[nodiscard]] ShadowEntry guarded_entry(TableIndex index, unsigned slot, MachineFrame frame,
+                                            std::uint64_t rights);
+
     // Filling
     /// Whether what is installed is what the guest's tables say, or an old translation.
     enum class Remember : bool { no, yes };
@@ -249,6 +283,7 @@ class ShadowTables {
     void fill_direct(TableIndex index);
     [[nodiscard]] MachineFrame machine_frame(GuestFrame frame) const;
     [[nodiscard]] bool may_be_large(GuestFrame first, const Level& level) const;
+    [[nodiscard]] bool may_be_large(const Table& table, unsigned slot, GuestFrame first) const;
     [[nodiscard]] std::optional<unsigned> free_slot(const GuestPaging& paging) const;
     [[nodiscard]] bool move_slot(const GuestPaging& paging);
 
@@ -275,6 +310,12 @@ class ShadowTables {
     std::unordered_map<TableIndex, View> views_; ///< of roots
     std::list<TableIndex>
         idle_; ///< tables that nothing refers to (roots among them), least recently used first
+
+    Guards guards_;
+    /// By level, 1 to 4, and slot: what lies in a guarded page, by all such pages' addresses.
+    std::array<std::array<Guard, entries_per_table>, 4> guarded_slots_{};
+    Guards open_;                    ///< not in force until close_guards
+    std::vector<ShadowSlot> opened_; ///< entries that have more rights for it
 
     ReverseMap reverse_;
     std::vector<GuestTable*> candidates_; ///< have been quiet for long enough

@@ -35,12 +35,15 @@ class Engine {
     [[nodiscard]] GuestPaging paging() const {
         return guest_paging(cpu_, features_.physical_bits, features_.gigabyte_pages);
     }
+    [[nodiscard]] const CpuFeatures& features() const { return features_; }
     [[nodiscard]] TrapLog& log() { return log_; }
 
   protected:
     /// After every exit that has not ended the run: does what `control` asks, if anything; a verdict if that
     /// ends it.
     std::optional<Verdict> finish_exit(ExitReason reason, RunControl& control);
+    /// Takes what `control` asks; a verdict if that ends the run.
+    std::optional<Verdict> attend(RunControl& control);
     /// Begins the record of an exit; its reason, action and details are filled in while it is handled.
     void begin_trap() { trap_ = {.start = timestamp(), .cpl = cpu_.cpl, .rip = GuestVirt(cpu_.rip)}; }
     /// Adds it to the log: the guest can go on now, or has ended.
@@ -62,9 +65,6 @@ class Engine {
     CpuFeatures features_;
     TrapLog log_;
     TrapRecord trap_; ///< of the exit that is being handled
-
-  private:
-    std::optional<Verdict> attend(RunControl& control);
 };
 
 } // namespace umbra

@@ -25,6 +25,24 @@ constexpr unsigned fill_patience = 16;
 
 constexpr std::uint8_t first_interrupt = 32;
 
+/// The guest has not ended by itself, and nobody has ended it.
+bool is_panic(const Verdict& verdict) {
+    switch (verdict.kind) {
+    case Verdict::Kind::reset:
+    case Verdict::Kind::triple_fault:
+    case Verdict::Kind::stopped:
+    case Verdict::Kind::host_failed:
+        return true;
+    case Verdict::Kind::passed:
+    case Verdict::Kind::failed:
+    case Verdict::Kind::timed_out:
+    case Verdict::Kind::interrupted:
+    case Verdict::Kind::restart:
+        return false;
+    }
+    __builtin_unreachable();
+}
+
 /// The build option UMBRA_AUDIT: the shadow MMU's invariants are checked before the guest goes on.
 #ifdef UMBRA_AUDIT
 constexpr bool audit_every_entry = true;
@@ -93,6 +111,9 @@ Monitor::Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& b
       placed_slot_(first_slot), checks_(options.checks) {
     if (checks_ != nullptr)
         checks_->attach(mmu_, [this] { return origin(); });
+    if (options.frontend != nullptr)
+        debugger_.emplace(DebugTarget{cpu_, mmu_, tables_, machine.memory(), machine.vcpu()},
+                          *options.frontend);
     switcher_.place(placed_slot_);
     mmu_.set_paging(paging());
     refresh_control();
@@ -101,10 +122,15 @@ Monitor::Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& b
 Verdict Monitor::run(RunControl& control) {
     Vcpu& vcpu = machine_.vcpu();
     control.attach(vcpu);
-    enter();
     Step verdict;
+    if (debugger_ && debugger_->frontend().wants_pause())
+        verdict = stand_still(control);
+    if (!verdict)
+        enter();
     while (!verdict)
         verdict = handle_exit(vcpu.run(), control);
+    if (debugger_)
+        debugger_->frontend().ended(*verdict);
     control.detach();
     return *verdict;
 }
@@ -118,12 +144,24 @@ void Monitor::enter() {
         switcher_.place(placed_slot_);
     }
     const bool sleeping = cpu_.halted && state.debt.none(); // with a debt: wakes at once, as a CPU may
-    const std::uint64_t flags = cpu_.rflags;
-    if (table_write_)
+    const std::uint64_t flags = cpu_.rflags, rip = cpu_.rip;
+    single_step_ = table_write_.has_value();
+    if (debugger_ && debugger_->prepare_entry()) {
+        single_step_ = true;
+        if (native_access_) { // is the step: the guest gets no further
+            after_access_ = rip;
+            cpu_.rip = switcher_.unreachable().value();
+            single_step_ = false;
+        } else if (debugger_->holds_interrupts() && !sleeping) {
+            machine_.vcpu().set_interrupt_shadow(true);
+        }
+    }
+    if (single_step_)
         cpu_.rflags |= rflags::trap;
     switcher_.enter(cpu_, state.root, state.debt, pool_, std::exchange(native_access_, std::nullopt));
     state.debt.paid();
     cpu_.rflags = flags;
+    cpu_.rip = rip;
     if (sleeping)
         machine_.vcpu().halt();
 }
@@ -138,8 +176,10 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     if (trapped || !in_ring0) {
         const std::uint64_t own_trap_flag = cpu_.rflags & rflags::trap;
         trap = switcher_.leave(cpu_);
-        if (table_write_)
-            cpu_.rflags = (cpu_.rflags & ~rflags::trap) | own_trap_flag;
+        if (single_step_)
+            take_back_trap_flag(trap, own_trap_flag);
+        if (after_access_)
+            cpu_.rip = *after_access_;
         trap_.rip = GuestVirt(cpu_.rip);
         tell_alignment_check();
     }
@@ -177,6 +217,11 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
         verdict = stop(Verdict::Kind::host_failed, "the machine shut down under the switcher");
         break;
     }
+    if (debugger_) {
+        const bool stoppable = !entered || (reason == ExitReason::interrupted && !in_ring0);
+        if (auto ending = attend_debugger(control, verdict, stoppable, entered))
+            verdict = ending;
+    }
     if (!verdict && !entered)
         enter();
     if constexpr (audit_every_entry) {
@@ -187,8 +232,88 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     return verdict ? verdict : finish_exit(reason, control);
 }
 
+/// The machine was entered with EFLAGS.TF for one instruction, of which the guest must not learn.
+void Monitor::take_back_trap_flag(const Trap& trap, std::uint64_t own) {
+    const bool done =
+        trap.kind == Trap::Kind::vector && trap.vector == static_cast<std::uint8_t>(Vector::debug);
+    cpu_.rflags =
+        debugger_ ? debugger_->flags_after_step(cpu_.rflags, own, done) : (cpu_.rflags & ~rflags::trap) | own;
+    if (trap.kind == Trap::Kind::syscall)
+        cpu_[Gpr::r11] = (cpu_[Gpr::r11] & ~rflags::trap) | own;
+}
+
+/// At the end of an exit: the guest stops here if the debugger wants it, and it can. A guest that cannot go
+/// on stays to be looked at.
+Monitor::Step Monitor::attend_debugger(RunControl& control, const Step& verdict, bool stoppable,
+                                       bool& entered) {
+    DebugFrontend& frontend = debugger_->frontend();
+    if (verdict) {
+        if (!frontend.connected() || !is_panic(*verdict))
+            return std::nullopt;
+        debugger_->want_stop({.kind = Stop::Kind::ended, .text = describe(*verdict)});
+        const Step other = stand_still(control);
+        return other && other->kind == Verdict::Kind::restart ? other : std::nullopt;
+    }
+    if (control.pending()) {
+        if (auto ending = attend(control))
+            return ending;
+        if (frontend.poll())
+            debugger_->want_stop({});
+    }
+    // A step may end where the event that it was to meet is delivered, hence the loop.
+    while (debugger_->stop_wanted()) {
+        if (!stoppable) {
+            control.insist(true);
+            return std::nullopt;
+        }
+        control.insist(false);
+        if (auto ending = stand_still(control))
+            return ending;
+        entered = false;
+    }
+    return std::nullopt;
+}
+
+/// Serves the debugger's client until the guest is to go on.
+Monitor::Step Monitor::stand_still(RunControl& control) {
+    DebugFrontend& frontend = debugger_->frontend();
+    machine_.platform().flush();
+    cpu_.cr8 = machine_.vcpu().cr8();
+    frontend.stopped(debugger_->take_stop());
+    for (auto serve = DebugFrontend::Serve::waiting; serve != DebugFrontend::Serve::resume;) {
+        if (auto ending = attend(control)) // before it serves: what comes later wakes it again
+            return ending;
+        serve = frontend.serve();
+        switch (serve) {
+        case DebugFrontend::Serve::waiting:
+            control.wait();
+            break;
+        case DebugFrontend::Serve::resume:
+            break;
+        case DebugFrontend::Serve::kill:
+            return Verdict{Verdict::Kind::interrupted, 0, "killed by the debugger"};
+        case DebugFrontend::Serve::reset:
+            return Verdict{Verdict::Kind::restart, 0, "reset by the debugger"};
+        }
+    }
+    mmu_.set_paging(paging());
+    refresh_control();
+    debugger_->apply();
+    if (const auto held = std::exchange(held_event_, std::nullopt);
+        held && (!debugger_->drops_event() || held->kind == EventKind::external_interrupt))
+        return complete_event(*held);
+    return std::nullopt;
+}
+
 Monitor::Step Monitor::handle_trap(const Trap& trap) {
-    cpu_.halted = false;
+    if (after_access_) {
+        after_access_.reset();
+        trap_.reason = TrapReason::signal;
+        trap_.action = TrapAction::attend;
+        debugger_->executed();
+        return std::nullopt;
+    }
+    was_halted_ = std::exchange(cpu_.halted, false);
     switch (trap.kind) {
     case Trap::Kind::syscall:
         last_fill_ = {};
@@ -203,10 +328,23 @@ Monitor::Step Monitor::handle_trap(const Trap& trap) {
     if (trap.vector == static_cast<std::uint8_t>(Vector::page_fault) && trap.error_code)
         return handle_page_fault(trap);
     last_fill_ = {};
-    if (table_write_) {
+    if (table_write_)
         finish_table_write();
-        if (trap.vector == static_cast<std::uint8_t>(Vector::debug) && (cpu_.rflags & rflags::trap) == 0)
-            return std::nullopt; // the step that umbra asked for
+    if (trap.vector == static_cast<std::uint8_t>(Vector::debug) && single_step_) {
+        if (debugger_)
+            debugger_->stepped();
+        if ((cpu_.rflags & rflags::trap) == 0) { // otherwise it is the guest's own as well
+            trap_.reason = TrapReason::exception;
+            trap_.action = TrapAction::attend;
+            return std::nullopt;
+        }
+    }
+    const bool int3 = trap.vector == static_cast<std::uint8_t>(Vector::breakpoint) ||
+                      trap.vector == static_cast<std::uint8_t>(Vector::invalid_opcode);
+    if (debugger_ && int3 && debugger_->breakpoint_trap(trap.vector)) {
+        trap_.reason = TrapReason::exception;
+        trap_.action = TrapAction::attend;
+        return std::nullopt;
     }
     // A guest may have left the interrupt controller at vectors that are exceptions' too: these come without
     // error code.
@@ -248,6 +386,11 @@ Monitor::Step Monitor::handle_page_fault(const Trap& trap) {
         return deliver_event(Event::of(Exception::page_fault(miss.fault)), TrapReason::page_fault);
     case Miss::table_write:
         return begin_table_write(trap, access, miss.address);
+    case Miss::guarded:
+        last_fill_ = {};
+        trap_.action = TrapAction::attend;
+        debugger_->guarded(trap.address, access);
+        return std::nullopt;
     case Miss::no_slot:
         return stop(Verdict::Kind::stopped,
                     "the guest uses all 512 entries of its top-level page table: no room for the switcher");
@@ -285,6 +428,8 @@ void Monitor::stored(GuestPhys at, std::size_t size) {
     const std::vector<TableWrite> writes = tables_.wrote(at, size);
     if (checks_ != nullptr && !writes.empty())
         checks_->table_written(writes, origin());
+    if (debugger_)
+        debugger_->stored(at, size);
 }
 
 /// Whether the guest's GDT has its programs' code at a selector that is valid in the host's GDT, so that
@@ -306,6 +451,8 @@ Monitor::Step Monitor::finish_user_entry() {
     trap_.reason = TrapReason::instruction;
     trap_.action = TrapAction::emulate;
     trap_.instruction = "iretq";
+    if (debugger_)
+        debugger_->executed();
     return std::nullopt;
 }
 
@@ -356,6 +503,10 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
         machine_.vcpu().cr8(); // the task priority, which the guest may also have set at its local APIC
     trap_.reason = TrapReason::instruction;
     trap_.action = TrapAction::emulate;
+    if (debugger_ && debugger_->catches_instruction()) {
+        trap_.action = TrapAction::attend;
+        return std::nullopt;
+    }
     const Emulation emulation = emulate(cpu_, space(), *this, &trap_.instruction);
     return std::visit(
         Overloaded{
@@ -367,6 +518,8 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
                     mmu_.set_trap_user_fetch(has_untrapped_user_code());
                 if (auto verdict = machine_.guest_verdict())
                     return verdict;
+                if (debugger_)
+                    debugger_->executed();
                 if (!stepping)
                     return std::nullopt;
                 cpu_.dr6 |= std::uint64_t{1} << 14; // BS
@@ -381,6 +534,8 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
             [&](const emulated::Halted&) -> Step {
                 machine_.platform().flush();
                 trap_.action = TrapAction::halt;
+                if (debugger_)
+                    debugger_->halted();
                 return std::nullopt;
             },
             [&](const emulated::PortAccess& access) -> Step {
@@ -406,6 +561,8 @@ Monitor::Step Monitor::handle_syscall() {
         return deliver_event(Event::of(*exception), TrapReason::syscall);
     trap_.reason = TrapReason::syscall;
     trap_.action = TrapAction::enter;
+    if (debugger_)
+        debugger_->executed();
     return std::nullopt;
 }
 
@@ -415,9 +572,22 @@ Monitor::Step Monitor::deliver_event(const Event& event, TrapReason reason) {
     trap_.vector = event.vector;
     trap_.detail = event.error_code.value_or(0);
     trap_.address = event.address;
+    if (debugger_ && debugger_->catches_event(event)) {
+        trap_.action = TrapAction::attend;
+        held_event_ = event;
+        return std::nullopt;
+    }
+    return complete_event(event);
+}
+
+Monitor::Step Monitor::complete_event(const Event& event) {
+    const GuestVirt rip(cpu_.rip);
+    const std::uint64_t rsp = cpu_[Gpr::rsp];
     const Delivery delivery = deliver(cpu_, space(), event);
     switch (delivery.outcome) {
     case Delivery::delivered:
+        if (debugger_)
+            debugger_->delivered(event, {.rip = rip, .rsp = rsp, .done = was_halted_});
         return std::nullopt;
     case Delivery::triple_fault: {
         std::string how = fmt::format("while vector {} was delivered", event.vector);

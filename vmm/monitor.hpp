@@ -4,6 +4,7 @@
 #pragma once
 
 #include "shadow/mmu.hpp"
+#include "vmm/debug/debugger.hpp"
 #include "vmm/emulator.hpp"
 #include "vmm/engine.hpp"
 #include "vmm/guest_checks.hpp"
@@ -15,10 +16,11 @@
 namespace umbra {
 
 struct MonitorOptions {
-    std::optional<Sync> sync;         ///< in place of what the host's traits suggest
-    std::optional<unsigned> prefetch; ///< MmuConfig::prefetch
-    GuestChecks* checks = nullptr;    ///< outlives the monitor
-    bool virtual_tlb = false;         ///< MmuConfig::virtual_tlb
+    std::optional<Sync> sync;          ///< in place of what the host's traits suggest
+    std::optional<unsigned> prefetch;  ///< MmuConfig::prefetch
+    GuestChecks* checks = nullptr;     ///< outlives the monitor
+    bool virtual_tlb = false;          ///< MmuConfig::virtual_tlb
+    DebugFrontend* frontend = nullptr; ///< outlives the monitor; nullptr: no debugger
 };
 
 class Monitor final : public Engine, private CpuEnvironment, private StoreObserver {
@@ -40,6 +42,10 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     Step handle_syscall();
     Step deliver_event(const Event& event, TrapReason reason);
     Step finish_user_entry();
+    Step complete_event(const Event& event);
+    void take_back_trap_flag(const Trap& trap, std::uint64_t own);
+    Step attend_debugger(RunControl& control, const Step& verdict, bool stoppable, bool& entered);
+    Step stand_still(RunControl& control);
     Step begin_table_write(const Trap& trap, Access access, GuestPhys slot);
     void finish_table_write();
     [[nodiscard]] Origin origin() const { return {trap_.rip, trap_.start, log_.added()}; }
@@ -82,6 +88,12 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
                   machine_tsc_aux_ = 0;             ///< the guest's, as last told to the machine
     std::optional<NativePortAccess> native_access_; ///< to be made at the next entry
     GuestChecks* checks_;
+    std::optional<Debugger> debugger_;
+    std::optional<Event> held_event_; ///< caught by the debugger, to be delivered when the guest goes on
+    bool single_step_ = false;        ///< the guest was entered for one instruction
+    bool was_halted_ = false;         ///< when the trap came
+    /// RIP while the machine makes a port access that is a step of its own: it goes nowhere from there.
+    std::optional<std::uint64_t> after_access_;
     std::optional<Origin>
         table_write_; ///< the guest runs for one instruction, which writes to its page tables
 

@@ -4,6 +4,8 @@
 
 #include <csignal>
 
+#include <unistd.h>
+
 namespace umbra {
 namespace {
 
@@ -31,8 +33,35 @@ void RunControl::attach(Vcpu& vcpu) {
 }
 
 void RunControl::detach() {
+    insist(false);
     const std::lock_guard lock(mutex_);
     vcpu_ = nullptr;
+}
+
+void RunControl::wait() {
+    std::unique_lock lock(mutex_);
+    woken_.wait(lock, [this] { return pending(); });
+}
+
+void RunControl::insist(bool on) {
+    if (on == insisting_.has_value())
+        return;
+    if (!on) {
+        timer_delete(*insisting_);
+        insisting_.reset();
+        return;
+    }
+    sigevent event{};
+    event.sigev_notify = SIGEV_THREAD_ID;
+    event.sigev_signo = kick_signal;
+    event._sigev_un._tid = ::gettid();
+    timer_t timer{};
+    if (timer_create(CLOCK_MONOTONIC, &event, &timer) != 0)
+        return; // the guest's next trap will do
+    insisting_ = timer;
+    constexpr timespec millisecond{0, 1'000'000};
+    const itimerspec when{millisecond, millisecond};
+    (void)timer_settime(timer, 0, &when, nullptr);
 }
 
 void RunControl::request(std::atomic<bool>& flag) {
@@ -48,14 +77,19 @@ void RunControl::input(std::string_view text) {
     kick();
 }
 
+void RunControl::debugger_calls() {
+    kick();
+}
+
 void RunControl::flush_output() {
     if (output_waits_.load(std::memory_order_relaxed))
         kick();
 }
 
 void RunControl::kick() {
-    pending_.store(true, std::memory_order_release);
     const std::lock_guard lock(mutex_);
+    pending_.store(true, std::memory_order_release);
+    woken_.notify_all();
     if (vcpu_ == nullptr)
         return;
     vcpu_->request_exit();

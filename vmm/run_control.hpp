@@ -2,10 +2,13 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 
+#include <ctime>
 #include <pthread.h>
 
 namespace umbra {
@@ -24,6 +27,8 @@ class RunControl {
     /// The console has printed what the user waits for.
     void expectation_met() { request(met_); }
     void input(std::string_view text);
+    /// The debugger's client has something to say.
+    void debugger_calls();
     /// Output that waits for the end of its line is to be passed on.
     void flush_output();
     /// The run is to end: nobody should wait for anything else.
@@ -32,6 +37,11 @@ class RunControl {
     // The vCPU's thread, around its run.
     void attach(Vcpu& vcpu);
     void detach();
+    /// Waits until there is something to take.
+    void wait();
+    /// While on, the vCPU leaves KVM_RUN every millisecond: for a request that cannot be served where the
+    /// last exit was.
+    void insist(bool on);
     /// Says, after every exit, whether there is output that flush_output() would have to do with.
     void output_waits(bool waits) { output_waits_.store(waits, std::memory_order_relaxed); }
 
@@ -53,9 +63,11 @@ class RunControl {
     std::atomic<bool> pending_ = false, timed_out_ = false, interrupted_ = false, met_ = false,
                       output_waits_ = false;
     std::mutex mutex_; ///< guards what follows
+    std::condition_variable woken_;
     std::string input_;
     Vcpu* vcpu_ = nullptr;
     pthread_t thread_{};
+    std::optional<timer_t> insisting_;
 };
 
 } // namespace umbra

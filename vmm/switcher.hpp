@@ -92,6 +92,8 @@ class Switcher {
     /// Chooses how later `enter`s resume the guest, in place of what the traits said.
     void resume_by(ResumeBy means) { traits_.resume = means; }
 
+    /// An address from which the guest gets no further: a fetch page fault at it is the next trap.
+    [[nodiscard]] MachineVirt unreachable() const { return MachineVirt(address(stack_top_ - page_size)); }
     /// Where `syscall` goes, in the machine's LSTAR.
     [[nodiscard]] MachineVirt syscall_entry() const { return MachineVirt(syscall_entry_); }
 

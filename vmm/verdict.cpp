@@ -17,6 +17,7 @@ ExitCode exit_code(const Verdict& verdict) {
     case Verdict::Kind::timed_out:
         return ExitCode::timed_out;
     case Verdict::Kind::interrupted:
+    case Verdict::Kind::restart:
         return ExitCode::interrupted;
     case Verdict::Kind::host_failed:
         return ExitCode::host_cannot;
@@ -48,6 +49,8 @@ std::string describe(const Verdict& verdict) {
         return with_reason("interrupted");
     case Verdict::Kind::host_failed:
         return with_reason("this host could not go on");
+    case Verdict::Kind::restart:
+        return with_reason("to be started again");
     }
     __builtin_unreachable();
 }

@@ -18,6 +18,7 @@ struct Verdict {
         timed_out,
         interrupted, ///< by the user
         host_failed, ///< KVM or umbra could not go on
+        restart,     ///< by the debugger's client: the run begins anew, and has no verdict yet
     };
     Kind kind = Kind::passed;
     std::uint32_t code = 0; ///< of the debug exit

@@ -3,10 +3,12 @@
 #include "vmm/error.hpp"
 #include "vmm/kvm/abi.hpp"
 
+#include <cpuid.h>
 #include <fcntl.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <csignal>
 #include <cstring>
@@ -113,10 +115,82 @@ auto gpr_slots(Regs& regs) {
                       &regs.r8,  &regs.r9,  &regs.r10, &regs.r11, &regs.r12, &regs.r13, &regs.r14, &regs.r15};
 }
 
+/// Offsets in an XSAVE area (Intel SDM vol. 1, table 10-2 and 13.4).
+namespace xsave {
+constexpr std::size_t fcw = 0, fsw = 2, tag = 4, fop = 6, fip = 8, fcs = 12, fdp = 16, fds = 20, mxcsr = 24,
+                      st = 32, xmm = 160, present = 512;
+constexpr std::uint64_t x87 = 1U << 0, sse = 1U << 1, avx = 1U << 2; ///< components
+} // namespace xsave
+
+/// Where the upper halves of the YMM registers lie, in the standard format; nothing without AVX.
+std::optional<std::size_t> ymm_offset() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    constexpr unsigned bytes = 256;
+    if (__get_cpuid_count(0xd, 2, &eax, &ebx, &ecx, &edx) == 0 || eax != bytes ||
+        ebx > sizeof(kvm_xsave) - bytes)
+        return std::nullopt;
+    return ebx;
+}
+
+template<class T>
+T load_at(std::span<const std::byte> area, std::size_t offset) {
+    T value{};
+    std::memcpy(&value, area.subspan(offset).data(), sizeof(T));
+    return value;
+}
+template<class T>
+void store_at(std::span<std::byte> area, std::size_t offset, const T& value) {
+    std::memcpy(area.subspan(offset).data(), &value, sizeof(T));
+}
+
+/// The two tag bits of a register that is in use (Intel SDM vol. 1, 8.1.7).
+unsigned tag_of(const std::array<std::byte, 10>& value) {
+    constexpr unsigned valid = 0, zero = 1, special = 2, all_ones = 0x7fff;
+    const auto significand = load_at<std::uint64_t>(value, 0);
+    const unsigned exponent = load_at<std::uint16_t>(value, 8) & all_ones;
+    if (exponent == 0)
+        return significand == 0 ? zero : special;
+    return exponent != all_ones && significand >> 63 != 0 ? valid : special;
+}
+
+/// The full tag word of FXSAVE's, which has one bit for each physical register: it is in use.
+std::uint16_t full_tag(const ExtendedState& state, unsigned in_use) {
+    const unsigned top = state.fstat >> 11 & 7U;
+    unsigned tag = 0;
+    for (unsigned i = 0; i < 8; ++i)
+        tag |= ((in_use >> i & 1U) != 0 ? tag_of(state.st.at((i - top) & 7U)) : 3U) << (2 * i);
+    return static_cast<std::uint16_t>(tag);
+}
+
+void put_legacy(const ExtendedState& state, std::span<std::byte> area) {
+    unsigned in_use = 0;
+    for (unsigned i = 0; i < 8; ++i)
+        in_use |= (state.ftag >> (2 * i) & 3U) != 3U ? 1U << i : 0;
+    store_at(area, xsave::fcw, state.fctrl);
+    store_at(area, xsave::fsw, state.fstat);
+    store_at(area, xsave::tag, static_cast<std::uint8_t>(in_use));
+    store_at(area, xsave::fop, state.fop);
+    store_at(area, xsave::fip, state.fioff);
+    store_at(area, xsave::fcs, state.fiseg);
+    store_at(area, xsave::fdp, state.fooff);
+    store_at(area, xsave::fds, state.foseg);
+    store_at(area, xsave::mxcsr, state.mxcsr);
+    for (std::size_t i = 0; i < state.st.size(); ++i)
+        store_at(area, xsave::st + 16 * i, state.st.at(i));
+    for (std::size_t i = 0; i < state.xmm.size(); ++i)
+        store_at(area, xsave::xmm + 16 * i, state.xmm.at(i));
+}
+
 constexpr std::uint64_t sync_general = KVM_SYNC_X86_REGS;
 constexpr std::uint64_t sync_system = KVM_SYNC_X86_SREGS;
 
 } // namespace
+
+std::array<std::byte, fxsave_bytes> to_fxsave(const ExtendedState& state) {
+    std::array<std::byte, fxsave_bytes> area{};
+    put_legacy(state, area);
+    return area;
+}
 
 // --- Kvm
 
@@ -496,6 +570,63 @@ bool Vcpu::write_xcr0(std::uint64_t value) {
     xcrs.nr_xcrs = 1;
     xcrs.xcrs[0].value = value;
     return control(file_, KVM_SET_XCRS, &xcrs) == 0;
+}
+
+std::optional<std::uint64_t> Vcpu::read_xcr0() const {
+    kvm_xcrs xcrs{};
+    if (control(file_, KVM_GET_XCRS, &xcrs) != 0)
+        return std::nullopt;
+    for (const kvm_xcr& entry : std::span(xcrs.xcrs).first(std::min<std::size_t>(xcrs.nr_xcrs, KVM_MAX_XCRS)))
+        if (entry.xcr == 0)
+            return entry.value;
+    return std::nullopt;
+}
+
+std::optional<ExtendedState> Vcpu::read_extended() const {
+    kvm_xsave raw{};
+    if (control(file_, KVM_GET_XSAVE, &raw) != 0)
+        return std::nullopt;
+    // What a component that is not marked present holds is undefined; it is in its initial state.
+    const auto area = std::as_bytes(std::span(&raw, 1));
+    const auto present = load_at<std::uint64_t>(area, xsave::present);
+    ExtendedState state;
+    if ((present & xsave::x87) != 0) {
+        state.fctrl = load_at<std::uint16_t>(area, xsave::fcw);
+        state.fstat = load_at<std::uint16_t>(area, xsave::fsw);
+        state.fop = load_at<std::uint16_t>(area, xsave::fop);
+        state.fioff = load_at<std::uint32_t>(area, xsave::fip);
+        state.fiseg = load_at<std::uint16_t>(area, xsave::fcs);
+        state.fooff = load_at<std::uint32_t>(area, xsave::fdp);
+        state.foseg = load_at<std::uint16_t>(area, xsave::fds);
+        for (std::size_t i = 0; i < state.st.size(); ++i)
+            state.st.at(i) = load_at<std::array<std::byte, 10>>(area, xsave::st + 16 * i);
+        state.ftag = full_tag(state, load_at<std::uint8_t>(area, xsave::tag));
+    }
+    if ((present & (xsave::sse | xsave::avx)) != 0)
+        state.mxcsr = load_at<std::uint32_t>(area, xsave::mxcsr);
+    if ((present & xsave::sse) != 0)
+        for (std::size_t i = 0; i < state.xmm.size(); ++i)
+            state.xmm.at(i) = load_at<std::array<std::byte, 16>>(area, xsave::xmm + 16 * i);
+    if (const auto ymm = ymm_offset(); ymm && (present & xsave::avx) != 0)
+        state.ymm_high = load_at<decltype(state.ymm_high)>(area, *ymm);
+    return state;
+}
+
+bool Vcpu::write_extended(const ExtendedState& state) {
+    kvm_xsave raw{};
+    if (control(file_, KVM_GET_XSAVE, &raw) != 0)
+        return false;
+    const auto area = std::as_writable_bytes(std::span(&raw, 1));
+    auto present = load_at<std::uint64_t>(area, xsave::present) | xsave::x87 | xsave::sse;
+    put_legacy(state, area);
+    // A component that the guest's CPU lacks must not be marked present: so only if there is something in it.
+    if (const auto ymm = ymm_offset();
+        ymm && (state.ymm_high != ExtendedState{}.ymm_high || (present & xsave::avx) != 0)) {
+        store_at(area, *ymm, state.ymm_high);
+        present |= xsave::avx;
+    }
+    store_at(area, xsave::present, present);
+    return control(file_, KVM_SET_XSAVE, &raw) == 0;
 }
 
 void Vcpu::set_cpuid(std::span<const CpuidLeaf> leaves) {

@@ -58,6 +58,26 @@ struct MmioExit {
 /// The names of the segment registers that a Vcpu can be asked for.
 enum class SegmentName : std::uint8_t { cs, ss, ds, es, fs, gs, tr, ldt };
 
+/// The x87, SSE and AVX state, which VirtualCpu leaves in the machine's vCPU (Intel SDM vol. 1, 10.5.1
+/// and 13.4).
+struct ExtendedState {
+    std::array<std::array<std::byte, 10>, 8> st{}; ///< st[0] is the top of the stack
+    std::uint16_t fctrl = 0x37f, fstat = 0;
+    std::uint16_t ftag = 0xffff; ///< the full tag word: two bits for each physical register, 3 is empty
+    std::uint16_t fop = 0;
+    std::uint32_t fioff = 0, fooff = 0; ///< of the last instruction and its operand
+    std::uint16_t fiseg = 0, foseg = 0; ///< in 64-bit mode: bits [47:32] of those addresses
+    std::uint32_t mxcsr = 0x1f80;
+    std::array<std::array<std::byte, 16>, 16> xmm{};
+    std::array<std::array<std::byte, 16>, 16> ymm_high{}; ///< bits [255:128]; zero if there is no AVX
+
+    bool operator==(const ExtendedState&) const = default;
+};
+
+/// The legacy region of an XSAVE area, as FXSAVE64 writes it (Intel SDM vol. 1, table 10-2).
+inline constexpr std::size_t fxsave_bytes = 512;
+[[nodiscard]] std::array<std::byte, fxsave_bytes> to_fxsave(const ExtendedState& state);
+
 class Vcpu {
   public:
     Vcpu(File file, std::size_t run_size);
@@ -119,6 +139,11 @@ class Vcpu {
     [[nodiscard]] std::optional<std::uint64_t> read_msr(std::uint32_t index) const;
     [[nodiscard]] bool write_msr(std::uint32_t index, std::uint64_t value);
     [[nodiscard]] bool write_xcr0(std::uint64_t value);
+    [[nodiscard]] std::optional<std::uint64_t> read_xcr0() const;
+    /// KVM_GET_XSAVE; nothing if KVM refuses.
+    [[nodiscard]] std::optional<ExtendedState> read_extended() const;
+    /// KVM_SET_XSAVE; other components stay as they are. False if KVM refuses, as for reserved bits of MXCSR.
+    [[nodiscard]] bool write_extended(const ExtendedState& state);
     void set_cpuid(std::span<const CpuidLeaf> leaves);
 
   private:

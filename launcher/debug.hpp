@@ -1,0 +1,25 @@
+// `umbra debug`: a guest and gdb in one terminal.
+#pragma once
+
+#include "launcher/run.hpp"
+
+#include <string>
+#include <vector>
+
+namespace umbra {
+
+struct DebugOptions {
+    RunOptions run;
+    std::string symbols;               ///< the file that gdb takes them from; empty: the kernel
+    std::vector<std::string> commands; ///< of gdb, after it has connected
+};
+
+/// Starts the guest, stopped before its first instruction, and gdb, which has the terminal. The guest goes
+/// when gdb does. Returns the process's exit code: that of the guest's run if it came to its end, otherwise
+/// 0. StartupError if it cannot be started.
+[[nodiscard]] int debug_command(DebugOptions options);
+
+/// scripts/gdb/umbra.py: umbra's commands for gdb.
+[[nodiscard]] const char* gdb_script();
+
+} // namespace umbra

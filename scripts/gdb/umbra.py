@@ -1,0 +1,1 @@
+"""umbra's commands for gdb."""

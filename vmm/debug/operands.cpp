@@ -1,0 +1,216 @@
+#include "vmm/debug/operands.hpp"
+
+#include <algorithm>
+#include <array>
+
+#include <Zydis/Zydis.h>
+
+namespace umbra {
+namespace {
+
+struct Decoded {
+    ZydisDecodedInstruction instruction;
+    std::array<ZydisDecodedOperand, ZYDIS_MAX_OPERAND_COUNT> operands;
+};
+
+ZydisMachineMode machine_mode(CodeMode mode) {
+    switch (mode) {
+    case CodeMode::bits_16:
+        return ZYDIS_MACHINE_MODE_LONG_COMPAT_16;
+    case CodeMode::bits_32:
+        return ZYDIS_MACHINE_MODE_LONG_COMPAT_32;
+    case CodeMode::bits_64:
+        return ZYDIS_MACHINE_MODE_LONG_64;
+    }
+    __builtin_unreachable();
+}
+
+std::optional<Decoded> decode(std::span<const std::byte> code, CodeMode mode) {
+    ZydisDecoder decoder;
+    const ZydisStackWidth stack = mode == CodeMode::bits_64   ? ZYDIS_STACK_WIDTH_64
+                                  : mode == CodeMode::bits_32 ? ZYDIS_STACK_WIDTH_32
+                                                              : ZYDIS_STACK_WIDTH_16;
+    Decoded decoded{};
+    if (code.empty() || !ZYAN_SUCCESS(ZydisDecoderInit(&decoder, machine_mode(mode), stack)) ||
+        !ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, code.data(), code.size(), &decoded.instruction,
+                                             decoded.operands.data())))
+        return std::nullopt;
+    return decoded;
+}
+
+std::uint64_t mask_of(unsigned bits) {
+    return bits >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << bits) - 1;
+}
+
+/// The value of a general register of any width, sign ignored; nothing for other registers.
+std::optional<std::uint64_t> value_of(const VirtualCpu& cpu, ZydisRegister name, std::uint64_t next_rip) {
+    if (name == ZYDIS_REGISTER_NONE)
+        return 0;
+    if (name == ZYDIS_REGISTER_RIP || name == ZYDIS_REGISTER_EIP)
+        return next_rip;
+    const ZydisRegister whole = ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, name);
+    if (ZydisRegisterGetClass(whole) != ZYDIS_REGCLASS_GPR64)
+        return std::nullopt;
+    const auto number = static_cast<std::size_t>(ZydisRegisterGetId(whole));
+    const std::uint64_t value = cpu.gpr[number];
+    const bool high_byte = name == ZYDIS_REGISTER_AH || name == ZYDIS_REGISTER_BH ||
+                           name == ZYDIS_REGISTER_CH || name == ZYDIS_REGISTER_DH;
+    if (high_byte)
+        return value >> 8 & 0xff;
+    return value & mask_of(ZydisRegisterGetWidth(ZYDIS_MACHINE_MODE_LONG_64, name));
+}
+
+std::uint64_t base_of(const VirtualCpu& cpu, ZydisRegister segment, bool mode64) {
+    switch (segment) {
+    case ZYDIS_REGISTER_FS:
+        return cpu.fs.base;
+    case ZYDIS_REGISTER_GS:
+        return cpu.gs.base;
+    case ZYDIS_REGISTER_ES:
+        return mode64 ? 0 : cpu.es.base;
+    case ZYDIS_REGISTER_CS:
+        return mode64 ? 0 : cpu.cs.base;
+    case ZYDIS_REGISTER_SS:
+        return mode64 ? 0 : cpu.ss.base;
+    case ZYDIS_REGISTER_DS:
+        return mode64 ? 0 : cpu.ds.base;
+    default: // Zydis' registers are many, and no other one is a segment's
+        return 0;
+    }
+}
+
+/// The machine's stack operations move RSP before a push uses it.
+bool pushes(const ZydisDecodedInstruction& instruction) {
+    switch (instruction.meta.category) {
+    case ZYDIS_CATEGORY_PUSH:
+    case ZYDIS_CATEGORY_CALL:
+        return true;
+    default: // of more than a hundred
+        return false;
+    }
+}
+
+/// BT, BTS, BTR, BTC with a register: the bit may lie anywhere around the operand (Intel SDM vol. 2A, BT).
+std::optional<std::int64_t> bit_displacement(const VirtualCpu& cpu, const Decoded& decoded) {
+    switch (decoded.instruction.mnemonic) {
+    case ZYDIS_MNEMONIC_BT:
+    case ZYDIS_MNEMONIC_BTC:
+    case ZYDIS_MNEMONIC_BTR:
+    case ZYDIS_MNEMONIC_BTS:
+        break;
+    default: // every other instruction
+        return std::nullopt;
+    }
+    const ZydisDecodedOperand& bit = decoded.operands[1];
+    if (bit.type != ZYDIS_OPERAND_TYPE_REGISTER)
+        return std::nullopt;
+    const auto raw = value_of(cpu, bit.reg.value, 0);
+    if (!raw)
+        return std::nullopt;
+    const unsigned width = decoded.operands[0].size;
+    const unsigned unused = 64 - width;
+    const std::int64_t offset = static_cast<std::int64_t>(*raw << unused) >> unused;
+    return (offset >> (width == 16 ? 4 : width == 32 ? 5 : 6)) * (width / 8);
+}
+
+/// Instructions that name memory and do not access it as data.
+bool accesses_nothing(ZydisMnemonic mnemonic, ZydisInstructionCategory category) {
+    switch (mnemonic) {
+    case ZYDIS_MNEMONIC_LEA:
+    case ZYDIS_MNEMONIC_NOP:
+    case ZYDIS_MNEMONIC_INVLPG:
+    case ZYDIS_MNEMONIC_CLFLUSH:
+    case ZYDIS_MNEMONIC_CLFLUSHOPT:
+    case ZYDIS_MNEMONIC_CLWB:
+    case ZYDIS_MNEMONIC_CLDEMOTE:
+    case ZYDIS_MNEMONIC_MONITOR:
+        return true;
+    default: // of more than a thousand
+        return category == ZYDIS_CATEGORY_PREFETCH || category == ZYDIS_CATEGORY_WIDENOP;
+    }
+}
+
+/// A repeated string instruction whose count is used up does nothing.
+bool repeats_no_more(const VirtualCpu& cpu, const ZydisDecodedInstruction& instruction) {
+    constexpr ZydisInstructionAttributes repeated =
+        ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE | ZYDIS_ATTRIB_HAS_REPNE;
+    return (instruction.attributes & repeated) != 0 &&
+           (cpu[Gpr::rcx] & mask_of(instruction.address_width)) == 0;
+}
+
+} // namespace
+
+CodeMode code_mode(const VirtualCpu& cpu) {
+    if ((cpu.efer & efer::lma) != 0 && cpu.cs.long_mode)
+        return CodeMode::bits_64;
+    return cpu.cs.default_32 ? CodeMode::bits_32 : CodeMode::bits_16;
+}
+
+std::optional<std::vector<MemoryAccess>> memory_accesses(const VirtualCpu& cpu,
+                                                         std::span<const std::byte> code) {
+    const CodeMode mode = code_mode(cpu);
+    const auto decoded = decode(code, mode);
+    if (!decoded)
+        return std::nullopt;
+    const ZydisDecodedInstruction& instruction = decoded->instruction;
+    std::vector<MemoryAccess> accesses;
+    if (accesses_nothing(instruction.mnemonic, instruction.meta.category) ||
+        repeats_no_more(cpu, instruction))
+        return accesses;
+    if (instruction.mnemonic == ZYDIS_MNEMONIC_ENTER) // reads and writes whole frames of outer procedures
+        return std::nullopt;
+    const bool mode64 = mode == CodeMode::bits_64;
+    const std::uint64_t next_rip = cpu.rip + instruction.length;
+    for (const ZydisDecodedOperand& operand : std::span(decoded->operands).first(instruction.operand_count)) {
+        if (operand.type != ZYDIS_OPERAND_TYPE_MEMORY)
+            continue;
+        if (operand.mem.type != ZYDIS_MEMOP_TYPE_MEM || operand.size == 0)
+            return std::nullopt;
+        const bool read = (operand.actions & ZYDIS_OPERAND_ACTION_MASK_READ) != 0;
+        const bool write = (operand.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) != 0;
+        const auto base = value_of(cpu, operand.mem.base, next_rip);
+        const auto index = value_of(cpu, operand.mem.index, next_rip);
+        if (!base || !index)
+            return std::nullopt;
+        const std::uint64_t size = operand.size / 8;
+        std::uint64_t offset = *base + *index * std::max<std::uint64_t>(operand.mem.scale, 1);
+        if (operand.mem.disp.has_displacement)
+            offset += static_cast<std::uint64_t>(operand.mem.disp.value);
+        const bool stack = operand.mem.base == ZYDIS_REGISTER_RSP || operand.mem.base == ZYDIS_REGISTER_ESP ||
+                           operand.mem.base == ZYDIS_REGISTER_SP;
+        const bool implied = operand.visibility == ZYDIS_OPERAND_VISIBILITY_HIDDEN;
+        if (implied && stack && write && pushes(instruction))
+            offset -= size;
+        // POP computes the address of its operand after it has moved RSP (Intel SDM vol. 2B, POP).
+        if (!implied && stack && instruction.meta.category == ZYDIS_CATEGORY_POP)
+            offset += size;
+        if (const auto bits = bit_displacement(cpu, *decoded))
+            offset += static_cast<std::uint64_t>(*bits);
+        offset &= mask_of(implied && stack ? instruction.stack_width : instruction.address_width);
+        std::uint64_t linear = base_of(cpu, operand.mem.segment, mode64) + offset;
+        if (!mode64)
+            linear &= mask_of(32);
+        accesses.push_back({GuestVirt(linear), size, read, write});
+    }
+    return accesses;
+}
+
+StepKind step_kind(std::span<const std::byte> code, CodeMode mode) {
+    const auto decoded = decode(code, mode);
+    if (!decoded)
+        return StepKind::plain;
+    switch (decoded->instruction.mnemonic) {
+    case ZYDIS_MNEMONIC_PUSHF:
+    case ZYDIS_MNEMONIC_PUSHFD:
+    case ZYDIS_MNEMONIC_PUSHFQ:
+        return StepKind::pushes_flags;
+    case ZYDIS_MNEMONIC_POPF:
+    case ZYDIS_MNEMONIC_POPFD:
+    case ZYDIS_MNEMONIC_POPFQ:
+        return StepKind::pops_flags;
+    default: // all others
+        return StepKind::plain;
+    }
+}
+
+} // namespace umbra
