@@ -46,8 +46,11 @@ std::uint64_t leaf_rights(GuestEntry entry, const Role& role) {
     std::uint64_t rights = rights_of(entry, role);
     if (!entry.dirty()) // the first write must fault, so that dirty is set when a CPU would
         rights &= ~entry_bit::writable;
-    if (role.user_pages_nx && role.user_path && entry.user())
+    const bool user_page = role.user_path && entry.user();
+    if (role.user_pages_nx && user_page)
         rights |= entry_bit::no_execute;
+    if (role.user_pages_hidden && user_page) // there only for a fetch, which shall not let a write pass
+        rights &= ~entry_bit::writable;
     return rights;
 }
 

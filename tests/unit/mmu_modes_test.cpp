@@ -248,6 +248,29 @@ TEST_F(MmuPae, PdptesAreReadWhenCr3IsLoadedOnly) {
     }
 }
 
+TEST_F(MmuPae, OtherRegistersAreAnotherSpaceThoughNothingIsFlushed) {
+    const GuestPhys second = new_pdpt();
+    for (const GuestVirt address : addresses) {
+        SCOPED_TRACE(address.value());
+        const GuestFrame page = map_new(pdpt, address), seconds = map_new(second, address);
+        for (const auto& [of, wanted] : {std::pair(pdpt, page), std::pair(second, seconds)}) {
+            for (unsigned i = 0; i < 4; ++i)
+                m.paging.pdptes.at(i) = m.get(of + i * 8).raw();
+            for (const bool as_user : {false, true}) {
+                m.set_control();
+                m.set_user(as_user);
+                EXPECT_EQ(m.read(address), mapped(wanted)) << as_user;
+            }
+            m.set_user(false);
+        }
+        // One register alone.
+        m.paging.pdptes.at(address.value() >> 30) = 0;
+        m.set_control();
+        EXPECT_EQ(m.read(address), fault(0));
+    }
+    EXPECT_EQ(m.mmu.audit(), std::nullopt);
+}
+
 TEST_F(MmuPae, SpacesWithADirectoryInCommon) {
     const GuestFrame shared = map_new(pdpt, addresses[3]), own = map_new(pdpt, addresses[0]);
     const GuestPhys second = new_pdpt();
