@@ -544,6 +544,30 @@ TEST(MmuModes, WithoutPagingEveryAddressIsItself) {
     EXPECT_EQ(m.misses(), 1U);
 }
 
+TEST(MmuModes, AccessedBitOfA32BitEntryIsAnAddressBitOfA64BitOne) {
+    for (const Sync sync : {Sync::compare, Sync::protect, Sync::adaptive, Sync::trap}) {
+        Machine m({.sync = sync});
+        m.paging.physical_bits = 37;
+        m.map(at, GuestFrame(std::uint64_t{7} << 20), user_bits | a | d); // as 4-byte entries: both present
+        const GuestPhys slot = m.slot(m.root, at);
+        const auto load = [&](const PagingFormat& format, GuestFrame cr3) {
+            m.paging.format = &format;
+            m.load_cr3(cr3);
+        };
+        const GuestFrame directory = m.new_frame();
+        m.store32(directory, 1, slot.frame().base().value() | user_bits);
+        for (int i = 0; i < 40; ++i) { // until its table has no snapshot
+            load(paging_4_level, m.root);
+            EXPECT_EQ(m.read(at), leads_nowhere());
+        }
+        load(paging_32_bit, directory);
+        const std::uint64_t index = slot.page_offset() / 4 + 1;
+        EXPECT_EQ(m.read(GuestVirt(std::uint64_t{1} << 22 | index << page_shift)), mapped(GuestFrame(0)));
+        load(paging_4_level, m.root);
+        EXPECT_EQ(m.read(at), fault(present | reserved)) << static_cast<int>(sync);
+    }
+}
+
 TEST(MmuModes, EachHasItsOwnTablesAndFindsThemAgain) {
     // PAE's page directory is 4-level paging's PDPT as well, and its own page directory.
     Machine m;
