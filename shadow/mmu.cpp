@@ -47,7 +47,10 @@ TableKey Mmu::root_key(bool user) const {
 }
 
 void Mmu::set_paging(const GuestPaging& paging) {
-    const bool other_space = paging.root != paging_.root || paging.pcid != paging_.pcid;
+    // With PAE the registers, not the root, say where the tables lie.
+    const bool other_registers =
+        guest_mode(*paging.format) == GuestMode::pae && paging.pdptes != paging_.pdptes;
+    const bool other_space = paging.root != paging_.root || paging.pcid != paging_.pcid || other_registers;
     paging_ = paging;
     if (!other_space)
         return;

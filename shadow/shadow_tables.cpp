@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <unordered_set>
+#include <utility>
 
 #include <fmt/format.h>
 
@@ -46,8 +47,11 @@ std::uint64_t leaf_rights(GuestEntry entry, const Role& role) {
     std::uint64_t rights = rights_of(entry, role);
     if (!entry.dirty()) // the first write must fault, so that dirty is set when a CPU would
         rights &= ~entry_bit::writable;
-    if (role.user_pages_nx && role.user_path && entry.user())
+    const bool user_page = role.user_path && entry.user();
+    if (role.user_pages_nx && user_page)
         rights |= entry_bit::no_execute;
+    if (role.user_pages_hidden && user_page) // there only for a fetch, which shall not let a write pass
+        rights &= ~entry_bit::writable;
     return rights;
 }
 
@@ -118,8 +122,7 @@ std::size_t TableKeyHash::operator()(const TableKey& key) const noexcept {
 
 ShadowTables::ShadowTables(const GuestMemory& memory, TablePool& pool, MmuConfig config, ShadowEntry switcher)
     : memory_(memory), pool_(pool), config_(std::move(config)), switcher_(switcher),
-      slot_(config_.first_slot), tables_(pool.capacity()),
-      snapshots_(std::make_unique_for_overwrite<std::uint64_t[]>(pool.capacity() * entries_per_table)),
+      slot_(config_.first_slot), tables_(pool.capacity()), snapshots_(pool.capacity()),
       reverse_(frames_of(memory)) {}
 
 ShadowTables::~ShadowTables() = default;
@@ -230,12 +233,12 @@ TableIndex ShadowTables::make(const TableKey& key, TableIndex page) {
     const auto guest = memory_.range(key.origin, shape.bytes());
     if (shape.entries == 0 || guest.empty())
         return page;
-    for (unsigned number = 0; number < shape.entries; ++number)
-        remember(page, number, load_entry(guest, number, shape.entry_bytes));
     GuestTable& origin = guest_tables_[key.origin.frame()];
     origin.frame = key.origin.frame();
     origin.shadows.push_back(page);
     made.guest = &origin;
+    if (has_snapshot(made))
+        remember_all(page);
     return page;
 }
 
@@ -372,6 +375,7 @@ void ShadowTables::reset() {
     idle_.clear();
     views_.clear();
     candidates_.clear();
+    settling_.clear();
     for (const auto& [frame, page] : guest_tables_)
         reverse_.untrack(same_frame(frame));
     guest_tables_.clear();
@@ -403,21 +407,36 @@ void ShadowTables::forget_entries() {
 
 // --- Keeping up with the guest
 
+/// What the slots of entry `number` were made from.
 GuestEntry ShadowTables::remembered(TableIndex index, unsigned number) const {
-    const std::uint64_t* page = snapshots_.get() + TablePool::number(index) * entries_per_table;
-    if (shape_of(table(index).key).entry_bytes != 4)
+    const TableShape shape = shape_of(table(index).key);
+    if (!has_snapshot(table(index)))
+        return load_entry(memory_.range(table(index).key.origin, shape.bytes()), number, shape.entry_bytes);
+    const auto page = snapshots_.of(index);
+    if (shape.entry_bytes != 4)
         return GuestEntry(page[number]);
     return GuestEntry(number % 2 == 0 ? page[number / 2] & 0xffff'ffff : page[number / 2] >> 32);
 }
 
 void ShadowTables::remember(TableIndex index, unsigned number, GuestEntry entry) {
-    std::uint64_t* page = snapshots_.get() + TablePool::number(index) * entries_per_table;
+    if (!has_snapshot(table(index)))
+        return; // the guest's table itself is what it is made from
+    const auto page = snapshots_.of(index);
     if (shape_of(table(index).key).entry_bytes != 4) {
         page[number] = entry.raw();
         return;
     }
     const unsigned shift = number % 2 * 32;
     page[number / 2] = (page[number / 2] & ~(std::uint64_t{0xffff'ffff} << shift)) | entry.raw() << shift;
+}
+
+/// Makes the snapshot of a table that is in step.
+void ShadowTables::remember_all(TableIndex index) {
+    const TableKey& key = table(index).key;
+    const TableShape shape = shape_of(key);
+    const auto guest = memory_.range(key.origin, shape.bytes());
+    for (unsigned number = 0; number < shape.entries; ++number)
+        remember(index, number, load_entry(guest, number, shape.entry_bytes));
 }
 
 void ShadowTables::drop_entry(TableIndex index, unsigned slot) {
@@ -450,7 +469,7 @@ bool ShadowTables::compare_entry(TableIndex index, unsigned number, GuestEntry n
 void ShadowTables::compare(TableIndex index, std::vector<TableWrite>* writes) {
     Table& subject = table(index);
     subject.compared = epoch_;
-    if (subject.guest == nullptr)
+    if (subject.guest == nullptr || !has_snapshot(subject))
         return;
     const TableShape shape = shape_of(subject.key);
     const auto guest = memory_.range(subject.key.origin, shape.bytes());
@@ -539,6 +558,8 @@ void ShadowTables::bring_in_step(TableIndex root, std::uint64_t since) {
     table(root).epoch = epoch_;
     if (!candidates_.empty())
         protect_candidates();
+    if (!settling_.empty())
+        release_snapshots();
 }
 
 /// INVLPG. Of the level-1 tables only the entry for `at` is compared, for the TLB may keep other pages'
@@ -645,6 +666,47 @@ void ShadowTables::protect(std::vector<GuestTable*> pages) {
             compare(index);
     }
     ++structure_;
+    if (config_.sync == Sync::trap)
+        return; // what a write has changed is to be told
+    for (GuestTable* page : pages) {
+        if (!std::exchange(page->settling, true))
+            settling_.push_back(page);
+    }
+}
+
+/// Protected pages are in step: what their shadows were made from can be read there. Of those that have been
+/// for long enough, some.
+void ShadowTables::release_snapshots() {
+    constexpr std::size_t at_a_time = 64; // tables: as long as a few traps take
+    if (epoch_ < next_release_)
+        return;
+    std::vector<TableIndex> released;
+    std::erase_if(settling_, [&](GuestTable* page) {
+        if (released.size() >= at_a_time ||
+            (page->is_protected && epoch_ - page->since < config_.settled_after))
+            return false;
+        page->settling = false;
+        if (page->is_protected) {
+            page->is_snapshot = true;
+            page->checksum = checksum(*page);
+            released.insert(released.end(), page->shadows.begin(), page->shadows.end());
+        }
+        return true;
+    });
+    if (released.size() < at_a_time)
+        next_release_ = epoch_ + config_.settled_after;
+    snapshots_.release(std::move(released));
+}
+
+/// Of all of the page but the accessed and dirty bits of 4-byte and 8-byte entries, which a CPU may set.
+std::uint64_t ShadowTables::checksum(const GuestTable& page) const {
+    constexpr std::uint64_t marks = entry_bit::accessed | entry_bit::dirty;
+    constexpr std::uint64_t prime = 0x100'0000'01b3; // FNV-1a's
+    const auto bytes = memory_.range(page.frame.base(), page_size);
+    std::uint64_t sum = 0;
+    for (unsigned number = 0; number < entries_per_table; ++number)
+        sum = (sum ^ (load_entry(bytes, number, 8).raw() & ~(marks | marks << 32))) * prime;
+    return sum;
 }
 
 /// Makes the reverse map know these pages' mappings.
@@ -662,8 +724,11 @@ void ShadowTables::track(std::span<GuestTable* const> pages) {
             continue;
         const auto entries = pool_.entries(static_cast<TableIndex>(i));
         for (unsigned slot = 0; slot < entries_per_table; ++slot) {
-            const MachineFrame frame = entries[slot].table(); // the frame, at level 1
-            if (entries[slot].present() && reverse_.tracked(frame) && fresh.contains(frame.number()))
+            const ShadowEntry entry = entries[slot];
+            if (!entry.present())
+                continue;                             // most are not
+            const MachineFrame frame = entry.table(); // the frame, at level 1
+            if (reverse_.tracked(frame) && fresh.contains(frame.number()))
                 reverse_.add(frame, {static_cast<TableIndex>(i), slot});
         }
     }
@@ -686,10 +751,29 @@ void ShadowTables::unprotect(GuestTable& page) {
     page.patience = kept_peace ? std::max(page.patience / 2, 1U) : std::min(page.patience * 2, most_patience);
     page.is_protected = false;
     page.quiet = 0;
-    for (const TableIndex index : page.shadows)
+    const bool was_snapshot = std::exchange(page.is_snapshot, false);
+    for (const TableIndex index : page.shadows) {
         table(index).compared = epoch_;
+        if (was_snapshot)
+            remember_all(index);
+    }
     count_protected(page.frame, -1);
     ++structure_;
+}
+
+/// umbra itself has written to a protected page: what was made from the entries there is old, and nothing
+/// tells so any more. A CPU may forget translations at any time.
+void ShadowTables::drop_written(const GuestTable& page, GuestPhys at, std::size_t size) {
+    for (const TableIndex index : page.shadows) {
+        const TableKey& key = table(index).key;
+        const TableShape shape = shape_of(key);
+        for (unsigned slot = 0; slot < shape.entries * shape.slots_per_entry; ++slot) {
+            const GuestPhys entry =
+                key.origin + std::size_t{slot} / shape.slots_per_entry * shape.entry_bytes;
+            if (entry < at + size && at < entry + shape.entry_bytes)
+                drop_entry(index, slot);
+        }
+    }
 }
 
 /// No shadow table is made from `page` any more.
@@ -698,6 +782,8 @@ void ShadowTables::forget(GuestTable& page) {
         count_protected(page.frame, -1);
     if (page.candidate)
         std::erase(candidates_, &page);
+    if (page.settling)
+        std::erase(settling_, &page);
     reverse_.untrack(same_frame(page.frame));
     guest_tables_.erase(page.frame);
 }
@@ -800,8 +886,11 @@ void ShadowTables::marked(const GuestWalk& walk) {
         if (found == guest_tables_.end() || !found->second.is_protected)
             continue;
         for (const TableIndex index : std::vector(found->second.shadows)) {
-            if (shape_of(table(index).key).entry_bytes == 8)
-                compare(index);
+            if (shape_of(table(index).key).entry_bytes != 8)
+                continue;
+            compare(index);
+            if (!has_snapshot(table(index))) // whether it has changed now cannot be told
+                drop_entry(index, static_cast<unsigned>(step.slot.page_offset() / sizeof(GuestEntry)));
         }
     }
 }
@@ -824,10 +913,12 @@ std::vector<TableWrite> ShadowTables::wrote(GuestPhys at, std::size_t size) {
         if (!is_protected(same_frame(frame)))
             continue;
         GuestTable& page = guest_tables_.at(frame);
-        if (config_.sync == Sync::trap)
+        if (config_.sync == Sync::trap) {
             compare_shadows(page, writes);
-        else
+        } else {
+            drop_written(page, at, size);
             unprotect(page);
+        }
     }
     return writes;
 }
@@ -1257,7 +1348,8 @@ std::optional<std::string> ShadowTables::audit() const {
             links[i] = count;
             if (oldest[i] < subject.epoch)
                 return fmt::format("a table at or below table {} is behind it", i);
-            if (subject.guest == nullptr || !subject.guest->is_protected || subject.guest->open)
+            if (subject.guest == nullptr || !subject.guest->is_protected || subject.guest->open ||
+                !has_snapshot(subject))
                 continue;
             const TableShape shape = shape_of(subject.key);
             const auto guest = memory_.range(subject.key.origin, shape.bytes());
@@ -1269,6 +1361,10 @@ std::optional<std::string> ShadowTables::audit() const {
                         "entry {} of the guest's table behind table {} changed under protection", number, i);
             }
         }
+    }
+    for (const auto& [frame, page] : guest_tables_) {
+        if (page.is_snapshot && page.checksum != checksum(page))
+            return fmt::format("the guest's table in frame {:#x} changed under protection", frame.number());
     }
     for (std::size_t i = 0; i < tables_.size(); ++i) {
         const Table& subject = tables_[i];

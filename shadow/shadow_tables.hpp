@@ -11,12 +11,14 @@
 // snapshot, and after a flush a table is compared with it: an entry whose origin is unchanged stays, any
 // other goes. A table that keeps quiet for as long as comparing it has cost what a trap costs is
 // write-protected instead, and then is in step without a look, until the guest's next write to it traps
-// (Sync).
+// (Sync). When that has not happened for a while, its snapshot goes: the guest's memory is what its shadows
+// were made from.
 #pragma once
 
 #include "shadow/debt.hpp"
 #include "shadow/reverse_map.hpp"
 #include "shadow/role.hpp"
+#include "shadow/snapshots.hpp"
 
 #include <array>
 #include <atomic>
@@ -58,6 +60,9 @@ struct MmuConfig {
     std::vector<bool> usable_slots = std::vector<bool>(entries_per_table, true); ///< where that slot may go
     Sync sync = Sync::adaptive;
     unsigned trap_cost = 300; ///< of the host, in comparisons of one table
+    /// Flushes, about, that a table has been protected for when its snapshot is given up: so many that a
+    /// system call, and the copying when the guest writes to the table again, do not count.
+    unsigned settled_after = 256;
     /// Entries looked at when one is filled: a power of two up to 512. Neighbours that the guest has accessed
     /// before are filled too.
     unsigned prefetch = 16;
@@ -174,6 +179,9 @@ class ShadowTables {
         bool is_protected = false;       ///< no shadow entry maps it writable: its shadows are in step
         bool open = false;               ///< but for one write, which is under way (Sync::trap)
         bool candidate = false;          ///< is in candidates_
+        bool is_snapshot = false;        ///< protected; its shadows have no snapshots but itself
+        bool settling = false;           ///< is in settling_
+        std::uint64_t checksum = 0;      ///< as of when it became that; for the audit
         std::uint64_t since = 0;         ///< epoch of its protection
     };
 
@@ -202,8 +210,7 @@ class ShadowTables {
     [[nodiscard]] Table& table(TableIndex index) { return tables_[TablePool::number(index)]; }
     [[nodiscard]] const Table& table(TableIndex index) const { return tables_[TablePool::number(index)]; }
     [[nodiscard]] std::span<std::byte> snapshot(TableIndex index) const {
-        return {reinterpret_cast<std::byte*>(snapshots_.get()) + TablePool::number(index) * page_size,
-                shape_of(table(index).key).bytes()};
+        return std::as_writable_bytes(snapshots_.of(index)).first(shape_of(table(index).key).bytes());
     }
     [[nodiscard]] static bool is_leaf(const Table& table, ShadowEntry entry) {
         return entry.leaf(paging_4_level.level(table.key.level));
@@ -212,6 +219,9 @@ class ShadowTables {
         return table.key.level == paging_4_level.root().number && slot == slot_;
     }
     [[nodiscard]] bool is_protected(MachineFrame frame) const;
+    [[nodiscard]] static bool has_snapshot(const Table& table) {
+        return table.guest == nullptr || !table.guest->is_snapshot;
+    }
 
     // Tables
     [[nodiscard]] std::optional<TableIndex> root(const TableKey& key, std::uint64_t since);
@@ -243,12 +253,16 @@ class ShadowTables {
     void set_registers(TableIndex root, std::span<const std::uint64_t, 4> pdptes);
     [[nodiscard]] GuestEntry remembered(TableIndex index, unsigned number) const;
     void remember(TableIndex index, unsigned number, GuestEntry entry);
+    void remember_all(TableIndex index);
 
     // Write protection
     void protect_candidates();
     void protect(std::vector<GuestTable*> pages);
     void track(std::span<GuestTable* const> pages);
+    void release_snapshots();
+    [[nodiscard]] std::uint64_t checksum(const GuestTable& page) const;
     void unprotect(GuestTable& page);
+    void drop_written(const GuestTable& page, GuestPhys at, std::size_t size);
     void marked(const GuestWalk& walk);
     void compare_shadows(GuestTable& page, std::vector<TableWrite>& writes);
     void restrict_mappings(GuestTable& page);
@@ -302,9 +316,7 @@ class ShadowTables {
     std::uint64_t visits_ = 0;
     std::uint64_t resets_ = 0;
     std::vector<Table> tables_; ///< by pool page
-    /// By pool page: the guest's entries that each shadow table was made from. Bare numbers, so that nothing
-    /// touches a page of it before its table is used.
-    std::unique_ptr<std::uint64_t[]> snapshots_;
+    Snapshots snapshots_;
     std::unordered_map<TableKey, TableIndex, TableKeyHash> by_key_;
     std::unordered_map<GuestFrame, GuestTable> guest_tables_;
     std::unordered_map<TableIndex, View> views_; ///< of roots
@@ -320,6 +332,8 @@ class ShadowTables {
     ReverseMap reverse_;
     std::vector<GuestTable*> candidates_; ///< have been quiet for long enough
     std::size_t spent_on_candidates_ = 0; ///< comparisons of them since
+    std::vector<GuestTable*> settling_;   ///< have been protected, and not released since
+    std::uint64_t next_release_ = 0;      ///< epoch at which they are looked at
     /// Protected tables in each 2 MB and each 1 GB of guest memory, by the first frame.
     std::unordered_map<std::uint64_t, unsigned> protected_2mb_, protected_1gb_;
     std::unordered_map<std::uint64_t, std::uint64_t>

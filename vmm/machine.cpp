@@ -21,13 +21,28 @@ GuestMemory make_memory(std::uint64_t bytes, const std::vector<HostMemory>& ram)
     return GuestMemory(std::move(regions));
 }
 
+/// What a KVM that shadows our shadow tables in turn (a nested one) needs so that it never has to throw away
+/// tables that a guest goes on using: one for each of ours, and one for each 2 MB that we map by one entry
+/// but its memory is of small pages. Each twice, for KVM's are made for the rights on the way to them:
+/// read-only and writable. Its own choice is a fiftieth of the memory's pages, which 256 address spaces of a
+/// small guest exceed; a switch among them is then half as fast. What is not used takes no memory.
+std::uint64_t shadow_pages(const GuestMemory& memory, const MonitorMemory& monitor) {
+    constexpr std::uint64_t large = std::uint64_t{2} << 20;
+    std::uint64_t pages = monitor.pool().size() / page_size;
+    for (const GuestMemory::Region& region : memory.regions())
+        pages += (region.bytes.size() + large - 1) / large;
+    return 2 * pages;
+}
+
 Vm make_vm(const Kvm& kvm, const GuestMemory& memory, const MonitorMemory& monitor, bool with_monitor) {
     Vm vm = kvm.create_vm();
     unsigned slot = 0;
     for (const GuestMemory::Region& region : memory.regions())
         vm.add_memory(slot++, MachinePhys(region.base.value()), region.bytes);
-    if (with_monitor)
+    if (with_monitor) {
         vm.add_memory(slot, monitor.base(), monitor.all());
+        vm.allow_shadow_pages(shadow_pages(memory, monitor));
+    }
     vm.create_interrupt_controllers();
     return vm;
 }

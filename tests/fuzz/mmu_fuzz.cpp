@@ -91,6 +91,7 @@ class Program {
         }
         config.sync = static_cast<Sync>(bits >> 5 & 3);
         config.trap_cost = bits >> 7 & 3;
+        config.settled_after = 2;
         config.prefetch = std::array{1U, 2U, 16U, 512U}.at(bits >> 9 & 3);
         config.kick = [this] {
             for (Cpu& cpu : cpus_)

@@ -24,7 +24,10 @@ class ShadowMachine final : public Machine {
 
     [[nodiscard]] const GuestMemory& memory() const override { return machine_.memory; }
     void store(std::uint64_t at, std::uint64_t value) override {
-        machine_.store(GuestPhys(at), value);
+        if (++stores_ % 2 == 0)
+            machine_.store(GuestPhys(at), value);
+        else
+            machine_.store_by_umbra(GuestPhys(at), value);
         if (!machine_.mmu.debt().none()) // it trapped
             machine_.enter();
     }
@@ -100,6 +103,7 @@ class ShadowMachine final : public Machine {
     FakeMachine machine_;
     TlbSanitizer sanitizer_{machine_.memory};
     std::optional<StaleUse> stale_; ///< of the last miss
+    unsigned stores_ = 0;
     bool alignment_check_ = false;
 };
 

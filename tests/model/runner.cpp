@@ -87,7 +87,7 @@ std::optional<std::string> Runner::access(std::uint64_t at, Access access) {
             // A page hidden by SMAP that SMEP lets the kernel execute can be read when it has been executed.
             const bool execute_only = reference_.cpu().smap && !reference_.cpu().smep && !access.user;
             Access as_if = access;
-            as_if.ac |= execute_only;
+            as_if.ac |= execute_only && access.kind != Kind::write;
             if (sanitize_ != Sanitize::keep && !reference_.may_have_cached(at, as_if, wanted))
                 return fmt::format("reached {:#x}, which no CPU would", *hit);
             const Walk now = reference_.walk(at, access);

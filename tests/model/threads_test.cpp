@@ -284,6 +284,7 @@ TEST_P(Threads, FaultWriteFlushAtOnce) {
     config.first_slot = 300;
     config.sync = GetParam().sync;
     config.trap_cost = 2;
+    config.settled_after = 2;
     config.kick = [&kicks] { ++kicks; };
     constexpr ShadowEntry switcher{MachineFrame{0x1'ffff'0000}, entry_bit::present};
     ShadowTables tables(guest.memory, pool, config, switcher);

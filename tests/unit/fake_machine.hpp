@@ -76,6 +76,7 @@ class FakeMachine {
         bool audits = true; ///< at each entry
         Sync sync = Sync::compare;
         unsigned trap_cost = 4;
+        unsigned settled_after = 2;
         unsigned prefetch = 1;
     };
 
@@ -97,6 +98,7 @@ class FakeMachine {
         config.first_slot = options.first_slot;
         config.sync = options.sync;
         config.trap_cost = options.trap_cost;
+        config.settled_after = options.settled_after;
         config.prefetch = options.prefetch;
         return config;
     }
@@ -110,11 +112,18 @@ class FakeMachine {
         const bool unseen = std::ranges::any_of(tlb_, [&](const auto& cached) {
             return cached.second.writable && cached.second.page.number() == slot.frame().number();
         });
+        // The trap comes before the store: as if umbra had written elsewhere in the page, what the entry was
+        // is still there.
         if (!unseen)
-            (void)tables.wrote(slot, sizeof(value));
+            (void)tables.wrote(slot.frame().base() + (slot.page_offset() ^ (page_size / 2)), 1);
         EXPECT_TRUE(memory.write(slot, value));
         if (!unseen && options_.sync == Sync::trap)
             (void)tables.wrote(slot, sizeof(value));
+    }
+    /// A store by umbra itself, told of afterwards.
+    void store_by_umbra(GuestPhys slot, std::uint64_t value) {
+        EXPECT_TRUE(memory.write(slot, value));
+        (void)tables.wrote(slot, sizeof(value));
     }
     void put(GuestPhys slot, GuestEntry entry) { store(slot, entry.raw()); }
     [[nodiscard]] GuestEntry get(GuestPhys slot) const {

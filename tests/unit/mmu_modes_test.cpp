@@ -248,6 +248,29 @@ TEST_F(MmuPae, PdptesAreReadWhenCr3IsLoadedOnly) {
     }
 }
 
+TEST_F(MmuPae, OtherRegistersAreAnotherSpaceThoughNothingIsFlushed) {
+    const GuestPhys second = new_pdpt();
+    for (const GuestVirt address : addresses) {
+        SCOPED_TRACE(address.value());
+        const GuestFrame page = map_new(pdpt, address), seconds = map_new(second, address);
+        for (const auto& [of, wanted] : {std::pair(pdpt, page), std::pair(second, seconds)}) {
+            for (unsigned i = 0; i < 4; ++i)
+                m.paging.pdptes.at(i) = m.get(of + i * 8).raw();
+            for (const bool as_user : {false, true}) {
+                m.set_control();
+                m.set_user(as_user);
+                EXPECT_EQ(m.read(address), mapped(wanted)) << as_user;
+            }
+            m.set_user(false);
+        }
+        // One register alone.
+        m.paging.pdptes.at(address.value() >> 30) = 0;
+        m.set_control();
+        EXPECT_EQ(m.read(address), fault(0));
+    }
+    EXPECT_EQ(m.mmu.audit(), std::nullopt);
+}
+
 TEST_F(MmuPae, SpacesWithADirectoryInCommon) {
     const GuestFrame shared = map_new(pdpt, addresses[3]), own = map_new(pdpt, addresses[0]);
     const GuestPhys second = new_pdpt();
@@ -519,6 +542,30 @@ TEST(MmuModes, WithoutPagingEveryAddressIsItself) {
     const GuestVirt fresh(9 * mb);
     EXPECT_EQ(m.fetch(fresh), mapped(GuestFrame(fresh.value() >> page_shift))) << "no page is a program's";
     EXPECT_EQ(m.misses(), 1U);
+}
+
+TEST(MmuModes, AccessedBitOfA32BitEntryIsAnAddressBitOfA64BitOne) {
+    for (const Sync sync : {Sync::compare, Sync::protect, Sync::adaptive, Sync::trap}) {
+        Machine m({.sync = sync});
+        m.paging.physical_bits = 37;
+        m.map(at, GuestFrame(std::uint64_t{7} << 20), user_bits | a | d); // as 4-byte entries: both present
+        const GuestPhys slot = m.slot(m.root, at);
+        const auto load = [&](const PagingFormat& format, GuestFrame cr3) {
+            m.paging.format = &format;
+            m.load_cr3(cr3);
+        };
+        const GuestFrame directory = m.new_frame();
+        m.store32(directory, 1, slot.frame().base().value() | user_bits);
+        for (int i = 0; i < 40; ++i) { // until its table has no snapshot
+            load(paging_4_level, m.root);
+            EXPECT_EQ(m.read(at), leads_nowhere());
+        }
+        load(paging_32_bit, directory);
+        const std::uint64_t index = slot.page_offset() / 4 + 1;
+        EXPECT_EQ(m.read(GuestVirt(std::uint64_t{1} << 22 | index << page_shift)), mapped(GuestFrame(0)));
+        load(paging_4_level, m.root);
+        EXPECT_EQ(m.read(at), fault(present | reserved)) << static_cast<int>(sync);
+    }
 }
 
 TEST(MmuModes, EachHasItsOwnTablesAndFindsThemAgain) {

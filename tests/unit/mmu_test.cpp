@@ -720,6 +720,21 @@ TEST(MmuRole, SmapLetsTheKernelFetchUserCodeUnlessSmepForbidsIt) {
     }
 }
 
+TEST(MmuRole, SmapKeepsWritesFromWhatTheKernelFetches) {
+    Machine m;
+    const GuestFrame page = m.map_new(at, user_bits | a | d);
+    m.map(large + 2 * mb, GuestFrame(0), user_bits | a | d, 2);
+    m.paging.smap = true;
+    m.set_control();
+    EXPECT_EQ(m.fetch(at), mapped(page));
+    EXPECT_TRUE(m.shadow(at).present()) << "until the next trap";
+    EXPECT_EQ(m.write(at), fault(present | write));
+    EXPECT_EQ(m.fetch(large + 2 * mb + 0x5000), mapped(GuestFrame(5)));
+    EXPECT_EQ(m.write(large + 2 * mb + 0x5000), fault(present | write));
+    set_ac(m, true);
+    EXPECT_EQ(m.access(at, {.write = true, .ac = true}), mapped(page));
+}
+
 TEST(MmuRole, SmapReachesThePiecesOfALargePage) {
     Machine m;
     m.map(large, GuestFrame(0), user_bits | d, 2);

@@ -50,6 +50,9 @@ std::vector<Shown> shown(const std::vector<TableWrite>& writes) {
     return result;
 }
 
+/// Flushes, after which a table that has been protected has no snapshot any more.
+constexpr unsigned long_after = 6;
+
 /// Maps `at`, lets its table lie in `table`, and maps that at `view`.
 class Watched : public Machine {
   public:
@@ -472,6 +475,31 @@ TEST(Wrote, UnprotectsWhereTheGuestsWriteWould) {
     EXPECT_EQ(m.read(at), mapped(m.page));
     m.invlpg(at);
     EXPECT_EQ(m.read(at), mapped(changed));
+}
+
+TEST(Wrote, DropsWhatWasMadeFromTheEntriesAndNothingElse) {
+    Watched m({.sync = Sync::protect});
+    const GuestFrame beside = m.map_new(neighbour);
+    m.read(neighbour);
+    flush(m, long_after);
+    ASSERT_TRUE(m.shadow(at).present());
+    const GuestFrame changed = m.new_frame();
+    m.store_by_umbra(m.slot(m.root, at), GuestEntry(changed, user_bits).raw());
+    EXPECT_FALSE(m.shadow(at).present()) << "no snapshot tells what it was made from";
+    flush(m);
+    EXPECT_EQ(m.read(neighbour), mapped(beside));
+    EXPECT_EQ(m.misses(), 0U);
+    EXPECT_EQ(m.read(at), mapped(changed));
+    EXPECT_EQ(m.misses(), 1U);
+    // From the middle of one entry to the middle of the next, one level up.
+    flush(m, long_after);
+    const GuestPhys slot = m.slot(m.root, at, 2);
+    ASSERT_TRUE(m.shadow(at, 2).present());
+    EXPECT_TRUE(m.tables.wrote(slot - 4, 4).empty());
+    EXPECT_TRUE(m.shadow(at, 2).present());
+    flush(m, long_after);
+    EXPECT_TRUE(m.tables.wrote(slot - 4, 5).empty());
+    EXPECT_FALSE(m.shadow(at, 2).present());
 }
 
 TEST(Wrote, SaysWhatHasChangedWhereWritesTrap) {
@@ -1268,6 +1296,28 @@ TEST_F(ProtectionAudit, ProtectedTableThatHasChangedUnseen) {
     // What a CPU may do by itself is no change.
     ASSERT_TRUE(m.memory.write(m.slot(m.root, at), m.entry(at).with(a | d).raw()));
     EXPECT_EQ(m.mmu.audit(), std::nullopt);
+}
+
+TEST(ProtectionAuditOfQuietTables, TableThatHasChangedUnseen) {
+    for (const Sync sync : {Sync::protect, Sync::adaptive}) {
+        Watched m({.sync = sync});
+        m.flushes_until_protected();
+        const GuestPhys slot = FakeMachine::slot_of(in_2mb, 3);
+        ASSERT_TRUE(m.memory.write(slot, std::uint64_t{p}));
+        EXPECT_EQ(m.mmu.audit().value_or("").find("entry 3 of the guest's table behind table"), 0U)
+            << "there is a snapshot yet";
+        ASSERT_TRUE(m.memory.write(slot, std::uint64_t{0}));
+        flush(m, long_after);
+        ASSERT_EQ(m.mmu.audit(), std::nullopt);
+        ASSERT_TRUE(m.memory.write(slot, std::uint64_t{p}));
+        EXPECT_EQ(m.mmu.audit(),
+                  fmt::format("the guest's table in frame {:#x} changed under protection", in_2mb.number()));
+        ASSERT_TRUE(m.memory.write(slot, std::uint64_t{a | d | (a | d) << 32}));
+        EXPECT_EQ(m.mmu.audit(), std::nullopt) << "a CPU may set these";
+        ASSERT_TRUE(m.memory.write(slot, std::uint64_t{p}));
+        (void)m.tables.wrote(slot, 8);
+        EXPECT_EQ(m.mmu.audit(), std::nullopt) << "and umbra may say so";
+    }
 }
 
 TEST_F(ProtectionAudit, MiscountedLinks) {

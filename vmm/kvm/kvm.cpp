@@ -277,6 +277,11 @@ bool Vm::written_pages(unsigned slot, std::span<std::uint64_t> bits) {
     return control(file_, KVM_GET_DIRTY_LOG, &log) == 0;
 }
 
+void Vm::allow_shadow_pages(std::uint64_t count) {
+    if (control(file_, KVM_CHECK_EXTENSION, KVM_CAP_MMU_SHADOW_CACHE_CONTROL) > 0)
+        (void)control(file_, KVM_SET_NR_MMU_PAGES, count); // if it fails, the machine is only slower
+}
+
 void Vm::create_interrupt_controllers() {
     must(file_, "KVM_CREATE_IRQCHIP", KVM_CREATE_IRQCHIP, 0);
     kvm_pit_config pit{};

@@ -170,6 +170,10 @@ class Vm {
     /// KVM_GET_DIRTY_LOG: which pages of a slot with a log the machine has written to since the last call, a
     /// bit each; `bits` holds them all. False if KVM refuses.
     [[nodiscard]] bool written_pages(unsigned slot, std::span<std::uint64_t> bits);
+    /// KVM_SET_NR_MMU_PAGES: the most tables that KVM makes for the machine at a time where it shadows the
+    /// machine's own, instead of one for each 50 pages of memory. At least 64. Ignored where KVM does not let
+    /// it be set.
+    void allow_shadow_pages(std::uint64_t count);
     /// In-kernel PIC, I/O APIC, local APICs and PIT; before any vCPU. The PIT's ticks that a guest cannot
     /// take in time are lost, as on a PC: they are not made up for.
     void create_interrupt_controllers();
