@@ -45,6 +45,7 @@ struct Outcome {
     std::optional<std::uint32_t> error_code; ///< #PF
     bool trapped_user_fetch = false;
     bool no_slot = false;
+        bool guarded = false; ///< only a guard stands against it
 
     bool operator==(const Outcome&) const = default;
     friend std::ostream& operator<<(std::ostream& out, const Outcome& outcome) {
@@ -203,6 +204,8 @@ class FakeMachine {
                 return {.address = {},
                         .error_code = miss.fault.error_code,
                         .trapped_user_fetch = miss.trapped_user_fetch};
+            case Miss::guarded:
+                return {.address = {}, .error_code = {}, .guarded = true};
             case Miss::no_slot:
                 return {.address = {}, .error_code = {}, .no_slot = true};
             }
