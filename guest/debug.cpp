@@ -4,6 +4,7 @@
 //
 //   ticks      the timer interrupts 1000 times a second
 //   wait       spins with interrupts disabled until `released` is not 0, which only a debugger sets
+//   idle       calls idle() again and again until then, and halts in between if the timer ticks
 //   sleep      halts for ever with interrupts disabled
 //   panic      ends in a triple fault
 //   int3       executes int3, and counts that its own handler gets it
@@ -25,6 +26,12 @@ using namespace umbra::guest;
 // What scripts name is C: no mangling, and never inlined.
 extern "C" {
 
+struct Place {
+    std::int64_t x, y;
+    const char* name;
+};
+volatile Place place = {3, -4, "a place"};
+
 volatile std::uint64_t released = 0;
 volatile std::uint64_t counter = 0;
 volatile std::uint64_t ticks = 0;
@@ -32,13 +39,17 @@ volatile std::uint64_t breakpoints = 0;
 volatile std::uint8_t buffer[64];
 volatile std::uint64_t table[8] = {1, 1, 2, 3, 5, 8, 13, 21};
 alignas(4096) volatile std::uint64_t late_page[512];
+alignas(4096) volatile std::uint8_t two_pages[2 * 4096];
 
+/// A recursion that stays one.
 [[gnu::noinline]] std::uint64_t depth(std::uint64_t levels) {
     if (levels == 0) {
         counter = counter + 1;
         return 1;
     }
-    return depth(levels - 1) + 1;
+    const std::uint64_t below = depth(levels - 1);
+    asm volatile("");
+    return below + 1;
 }
 
 [[gnu::noinline]] void fill(std::uint8_t value) {
@@ -53,10 +64,35 @@ alignas(4096) volatile std::uint64_t late_page[512];
     return total;
 }
 
+/// One write of 8 bytes, half of them in each page.
+[[gnu::noinline]] void cross(std::uint64_t value) {
+    asm volatile("mov %0, two_pages + 4092" : : "r"(value) : "memory");
+}
+
+/// What a watchpoint on the stack sees: 0, 1, 3, 6.
+[[gnu::noinline]] std::uint64_t triangle() {
+    volatile std::uint64_t total = 0;
+    for (std::uint64_t i = 1; i <= 3; ++i)
+        total = total + i;
+    return total;
+}
+
+/// RFLAGS as PUSHF stores it, next to instructions that a debugger must take care of. Leaves interrupts
+/// disabled.
+[[gnu::naked, gnu::noinline]] std::uint64_t pushed_flags() {
+    asm("pushfq\n pop %rax\n cli\n push %rax\n popfq\n cli\n ret");
+}
+
 [[gnu::noinline]] void work(std::uint64_t round) {
     fill(static_cast<std::uint8_t>(round));
     CHECK_EQ(sum(), 54U);
     CHECK_EQ(depth(5), 6U);
+    CHECK_EQ(triangle(), 6U);
+    cross(round);
+}
+
+[[gnu::noinline]] void idle() {
+    asm volatile("");
 }
 
 /// As a loader or an integrity check reads code.
@@ -75,7 +111,8 @@ alignas(4096) volatile std::uint64_t late_page[512];
 namespace {
 
 constexpr std::uint64_t checked_bytes = 16;
-constexpr std::uint64_t remapped = slot_base(3); ///< a page that each address space maps elsewhere
+constexpr std::uint64_t remapped = slot_base(3);  ///< a page that each address space maps elsewhere
+constexpr std::uint64_t function = remapped + 16; ///< and in it a function that returns the space's number
 
 void on_tick(TrapFrame&) {
     ticks = ticks + 1;
@@ -86,18 +123,30 @@ void on_breakpoint(TrapFrame&) {
     breakpoints = breakpoints + 1;
 }
 
+/// A new address space with that page.
+AddressSpace make_space(std::uint8_t number) {
+    const AddressSpace space = AddressSpace::create();
+    const std::uint64_t frame = allocate_frame();
+    const std::uint8_t code[] = {0xb8, number, 0, 0, 0, 0xc3}; // mov $number, %eax; ret
+    for (std::size_t i = 0; i < sizeof(code); ++i)
+        reinterpret_cast<volatile std::uint8_t*>(frame + function - remapped)[i] = code[i];
+    space.map(remapped, frame, pte_kernel_rw);
+    return space;
+}
+
 } // namespace
 
 extern "C" int kernel_main(const BootParams& boot) {
     install_descriptors();
     init_memory(boot);
     set_handler(3, on_breakpoint);
-    if (boot.has_option("ticks")) {
+    const bool ticking = boot.has_option("ticks");
+    if (ticking) {
         constexpr std::uint32_t hz = 1000;
         init_pic(1);
         set_handler(irq_base, on_tick);
         start_pit(hz);
-        asm volatile("sti");
+        enable_interrupts();
     }
     const std::uint64_t before = checksum(reinterpret_cast<const void*>(&depth), checked_bytes);
     if (boot.has_option("wait")) {
@@ -111,16 +160,29 @@ extern "C" int kernel_main(const BootParams& boot) {
         asm volatile("cli\n 1: hlt\n jmp 1b");
     }
 
-    const AddressSpace first = AddressSpace::create(), second = AddressSpace::create();
-    first.map(remapped, allocate_frame(), pte_kernel_rw);
-    second.map(remapped, allocate_frame(), pte_kernel_rw);
+    if (boot.has_option("idle")) {
+        print("debug: idle\n");
+        while (released == 0) {
+            idle();
+            if (ticking)
+                asm volatile("hlt");
+        }
+    }
+
+    const AddressSpace first = make_space(1), second = make_space(2);
     constexpr std::uint64_t rounds = 10;
     for (std::uint64_t round = 0; round < rounds; ++round) {
-        (round % 2 == 0 ? first : second).load();
+        const bool even = round % 2 == 0;
+        (even ? first : second).load();
         word(remapped) = round;
         late_page[round] = round;
+        CHECK_EQ(reinterpret_cast<std::uint32_t (*)()>(function)(), even ? 1 : 2);
+        CHECK_EQ(pushed_flags() & rflags_tf, 0U);
+        if (ticking)
+            enable_interrupts();
         work(round);
     }
+    CHECK_EQ(place.x + place.y, -1);
     if (boot.has_option("int3")) {
         asm volatile("int3");
         CHECK_EQ(breakpoints, 1U);

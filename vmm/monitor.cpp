@@ -339,7 +339,9 @@ Monitor::Step Monitor::handle_trap(const Trap& trap) {
             return std::nullopt;
         }
     }
+    // By a gate that is not for CPL 3 it is #GP, and where 32-bit code is interpreted #UD.
     const bool int3 = trap.vector == static_cast<std::uint8_t>(Vector::breakpoint) ||
+                      trap.vector == static_cast<std::uint8_t>(Vector::general_protection) ||
                       trap.vector == static_cast<std::uint8_t>(Vector::invalid_opcode);
     if (debugger_ && int3 && debugger_->breakpoint_trap(trap.vector)) {
         trap_.reason = TrapReason::exception;

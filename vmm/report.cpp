@@ -134,15 +134,17 @@ GuestVirt stack_pointer(const VirtualCpu& cpu) {
                                       : static_cast<std::uint32_t>(cpu.ss.base + cpu[Gpr::rsp]));
 }
 
-/// Why `walk` ended as it did: "the PDE at gpa:0x2000 is not present".
-std::string why_faulted(const ReportInput& input, const GuestWalk& walk, Access access) {
+} // namespace
+
+std::string why_faulted(const GuestMemory& memory, const GuestPaging& paging, const GuestWalk& walk,
+                        Access access) {
     const GuestWalk::Step& last = walk.leaf();
-    if (!last.level->in_registers && !input.memory.contains(last.slot, last.level->entry_bytes))
+    if (!last.level->in_registers && !memory.contains(last.slot, last.level->entry_bytes))
         return fmt::format("the table of this {} is not in RAM, and reads as all-ones", last.level->name);
     if (!last.entry.present())
         return fmt::format("the {} is not present", last.level->name);
     if ((walk.fault->error_code & PageFault::reserved) != 0) {
-        if (last.entry.no_execute() && !input.paging.no_execute)
+        if (last.entry.no_execute() && !paging.no_execute)
             return fmt::format("the {} has NX set, which is reserved while EFER.NXE is 0", last.level->name);
         return fmt::format("the {} has a reserved bit set", last.level->name);
     }
@@ -168,6 +170,8 @@ std::string why_faulted(const ReportInput& input, const GuestWalk& walk, Access 
     return "the page is the user's, and CR4.SMAP forbids the kernel to access it while EFLAGS.AC is 0";
 }
 
+namespace {
+
 struct Bytes {
     std::vector<std::byte> bytes;
     std::string missing; ///< why they are fewer than asked for
@@ -184,7 +188,7 @@ Bytes read_bytes(const ReportInput& input, GuestVirt at, std::size_t size, Acces
         }
         const GuestWalk walk = walk_guest(input.memory, input.paging, here, access);
         if (walk.fault) {
-            result.missing = why_faulted(input, walk, access);
+            result.missing = why_faulted(input.memory, input.paging, walk, access);
             break;
         }
         const auto bytes = input.memory.range(
@@ -415,7 +419,8 @@ void add_step(Text& text, const Level& level, Address<Space> slot, Entry<Space> 
               entry_flags(entry, level), target);
 }
 
-/// "kernel rw-, user r--": what a completed walk permits (Intel SDM vol. 3A, 4.6.1).
+} // namespace
+
 std::string rights(const GuestWalk& walk, const GuestPaging& paging) {
     const auto letters = [](bool write, bool fetch) {
         return fmt::format("r{}{}", write ? 'w' : '-', fetch ? 'x' : '-');
@@ -426,6 +431,8 @@ std::string rights(const GuestWalk& walk, const GuestPaging& paging) {
         paging.smap && walk.user ? " (data only with EFLAGS.AC set)" : "",
         walk.user ? letters(walk.writable, !walk.no_execute) : "---");
 }
+
+namespace {
 
 void add_walks(Text& text, const ReportInput& input) {
     const ReportSubject subject = report_subject(input.cpu, input.log);
@@ -451,7 +458,7 @@ void add_walks(Text& text, const ReportInput& input) {
         add_step(text, *step.level, step.slot, step.entry);
     if (walk.fault)
         text.line("  page fault, error code {:#x}: {}", walk.fault->error_code,
-                  why_faulted(input, walk, subject.access));
+                  why_faulted(input.memory, input.paging, walk, subject.access));
     else
         text.line("  {}, {}; allowed: {}", walk.address,
                   input.memory.contains(walk.address, 1) ? "RAM" : "not RAM", rights(walk, input.paging));
@@ -476,8 +483,10 @@ std::string detail(const TrapRecord& record) {
     return record.instruction != nullptr ? record.instruction : "";
 }
 
-void add_traps(Text& text, const ReportInput& input) {
-    const std::vector<TrapRecord> records = input.log.last();
+void add_traps(Text& text, const ReportInput& input, std::size_t count = TrapLog::remembered) {
+    std::vector<TrapRecord> records = input.log.last();
+    if (records.size() > count)
+        records.erase(records.begin(), records.end() - static_cast<std::ptrdiff_t>(count));
     if (records.empty())
         return;
     text.line("\nLast {} of {} traps (us before the last one):", records.size(), input.log.added());
@@ -537,6 +546,20 @@ std::string report(const ReportInput& input) {
     add_segments(text, input.cpu);
     add_gates(text, input);
     add_traps(text, input);
+    return text.take();
+}
+
+std::string report_registers(const ReportInput& input) {
+    Text text;
+    add_registers(text, input);
+    add_control_registers(text, input);
+    add_segments(text, input.cpu);
+    return text.take();
+}
+
+std::string report_traps(const ReportInput& input, std::size_t count) {
+    Text text;
+    add_traps(text, input, count);
     return text.take();
 }
 

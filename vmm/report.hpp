@@ -39,6 +39,16 @@ struct ReportInput {
 /// and changes nothing in it, not even accessed bits.
 [[nodiscard]] std::string report(const ReportInput& input);
 
+/// Sections of the report: registers of every kind; the last `count` traps.
+[[nodiscard]] std::string report_registers(const ReportInput& input);
+[[nodiscard]] std::string report_traps(const ReportInput& input, std::size_t count);
+
+/// "kernel rw-, user r--": what a completed walk permits (Intel SDM vol. 3A, 4.6.1).
+[[nodiscard]] std::string rights(const GuestWalk& walk, const GuestPaging& paging);
+/// Why `walk`, which has met a fault, ended as it did: "the PDE is not present".
+[[nodiscard]] std::string why_faulted(const GuestMemory& memory, const GuestPaging& paging,
+                                      const GuestWalk& walk, Access access);
+
 /// The flags of a paging-structure entry in words, in fixed columns: "P W U A D G NX", a dash for each that
 /// is clear or means nothing at this level; then PWT, PCD and PAT if set. Guest's and machine's entries alike
 /// (Intel SDM vol. 3A, tables 4-15 to 4-20).

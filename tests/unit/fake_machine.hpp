@@ -45,7 +45,7 @@ struct Outcome {
     std::optional<std::uint32_t> error_code; ///< #PF
     bool trapped_user_fetch = false;
     bool no_slot = false;
-        bool guarded = false; ///< only a guard stands against it
+    bool guarded = false; ///< only a guard stands against it
 
     bool operator==(const Outcome&) const = default;
     friend std::ostream& operator<<(std::ostream& out, const Outcome& outcome) {

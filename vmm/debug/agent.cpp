@@ -55,6 +55,32 @@ enum class Op : std::uint8_t {
     printf,
 };
 
+/// gdb sends a format as the user wrote it: the escapes of C in it (gdbsupport's format_pieces).
+std::string unescape(std::string_view text) {
+    constexpr std::string_view letters = "abefnrtv", meanings = "\a\b\x1b\f\n\r\t\v";
+    std::string out;
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        if (text[i] != '\\' || i + 1 == text.size()) {
+            out += text[i];
+            continue;
+        }
+        const char escape = text[++i];
+        if (const std::size_t known = letters.find(escape); known != std::string_view::npos) {
+            out += meanings[known];
+        } else if (escape >= '0' && escape <= '7') {
+            unsigned value = 0;
+            for (unsigned digits = 0; digits < 3 && i < text.size() && text[i] >= '0' && text[i] <= '7';
+                 ++digits)
+                value = value * 8 + static_cast<unsigned>(text[i++] - '0');
+            --i;
+            out += static_cast<char>(value);
+        } else {
+            out += escape; // backslash and quotes
+        }
+    }
+    return out;
+}
+
 class Machine {
   public:
     Machine(std::span<const std::byte> code, AgentContext& context) : code_(code), context_(context) {}
@@ -288,7 +314,7 @@ void Machine::print() {
     for (std::uint64_t i = 0; i < count && !error_; ++i)
         values.push_back(pop());
     if (!error_)
-        format({text, length - 1}, values);
+        format(unescape({text, length - 1}), values);
 }
 
 std::string Machine::text_at(GuestVirt at) {

@@ -406,7 +406,7 @@ bool Debugger::hit(GuestVirt rip) {
 
 bool Debugger::breakpoint_trap(std::uint8_t vector) {
     VirtualCpu& cpu = target_.cpu;
-    // #BP comes after the instruction; where 32-bit code is interpreted, #UD comes at it.
+    // #BP comes after the instruction, the others come at it.
     const GuestVirt rip(vector == static_cast<std::uint8_t>(Vector::breakpoint) ? cpu.rip - 1 : cpu.rip);
     const auto place = translate(rip);
     if (!place)

@@ -192,7 +192,7 @@ class Debugger {
     /// The guest is to take no interrupt with this instruction.
     [[nodiscard]] bool holds_interrupts() const { return !step_interrupts_; }
 
-    /// #BP, or an #UD in its place: whether it is ours. The guest does not learn of it.
+    /// #BP, or the #GP or #UD that comes in its place: whether it is ours. The guest does not learn of it.
     [[nodiscard]] bool breakpoint_trap(std::uint8_t vector);
     /// Miss::guarded.
     void guarded(GuestVirt at, Access access);

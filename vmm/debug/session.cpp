@@ -552,8 +552,4 @@ std::string GdbSession::query(std::string_view payload) {
     return {};
 }
 
-std::string GdbSession::command(std::string_view line) {
-    return fmt::format("{}: not yet\n", line);
-}
-
 } // namespace umbra

@@ -6,12 +6,14 @@
 #pragma once
 
 #include "vmm/debug/debugger.hpp"
+#include "vmm/debug/monitor_command.hpp"
 #include "vmm/debug/packet.hpp"
 #include "vmm/debug/registers.hpp"
 #include "vmm/debug/server.hpp"
 #include "vmm/engine.hpp"
 #include "vmm/symbols.hpp"
 
+#include <chrono>
 #include <deque>
 #include <functional>
 #include <optional>
@@ -33,6 +35,7 @@ class GdbSession final : public DebugFrontend {
     void serve_engine(Engine& engine, const Machine& machine) {
         engine_ = &engine;
         machine_ = &machine;
+        begun_ = std::chrono::steady_clock::now();
     }
 
     void attach(Debugger* debugger) override;
@@ -68,12 +71,16 @@ class GdbSession final : public DebugFrontend {
     void set_width();
 
     [[nodiscard]] std::string command(std::string_view line);
+    [[nodiscard]] std::string trace(std::span<const std::string> words);
+    [[nodiscard]] std::string watch_physical(MonitorCommand command, std::span<const std::string> words);
+    [[nodiscard]] std::string bind(std::span<const std::string> words);
 
     GdbServer& server_;
     const Symbols& symbols_;
     Config config_;
     Engine* engine_ = nullptr;
     const Machine* machine_ = nullptr;
+    std::chrono::steady_clock::time_point begun_;
     Debugger* debugger_ = nullptr;
 
     std::deque<ServerEvent> events_;

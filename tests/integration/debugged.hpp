@@ -1,0 +1,57 @@
+// A guest that is debugged: umbra, the debugger's client, and what they say to each other.
+#pragma once
+
+#include "tests/integration/child.hpp"
+#include "tests/integration/files.hpp"
+
+#include <string>
+#include <vector>
+
+namespace umbra {
+
+/// `umbra run --gdb` of a shipped guest. What umbra itself says is among what the guest writes.
+class Debugged {
+  public:
+    struct Setup {
+        bool pause = true;
+        std::string address;              ///< none: a socket in a temporary folder
+        std::vector<std::string> options; ///< of umbra
+        std::vector<std::string> words;   ///< for the guest
+    };
+    explicit Debugged(const std::string& guest) : Debugged(guest, Setup()) {}
+    Debugged(const std::string& guest, const Setup& setup);
+
+    /// Waits until a debugger can connect: its address, as umbra names it. Empty if that never comes.
+    [[nodiscard]] const std::string& address();
+    [[nodiscard]] Child& child() { return child_; }
+    /// Its end, which is to be a pass.
+    void expect_pass();
+    /// Its end, which is to be with this exit code; `said` is then among what it wrote.
+    void expect_end(int exit_code, const std::string& said);
+
+  private:
+    TemporaryFolder folder_;
+    Child child_;
+    std::string address_;
+};
+
+/// One command for a debugger, and a regular expression (ECMAScript's; ^ and $ are at each line) that is to
+/// be found in what the debugger answers. An empty one: it answers nothing.
+struct Exchange {
+    std::string command; ///< several lines: a script
+    std::string answer;
+};
+
+/// Runs gdb in batch mode: connected to the guest, whose symbols it has, it is given one command after the
+/// other. `before` are commands before it connects.
+void run_gdb(Debugged& guest, const std::string& kernel, const std::vector<Exchange>& session,
+             const std::vector<std::string>& before = {});
+
+/// The path of a program; empty if it is not installed.
+[[nodiscard]] std::string program_file(const std::string& name);
+
+/// Checks what a debugger wrote in a session in which `mark(n)` was written before the nth command.
+void expect_answers(const Ended& debugger, const std::vector<Exchange>& session);
+[[nodiscard]] std::string mark(std::size_t number);
+
+} // namespace umbra
