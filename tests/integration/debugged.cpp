@@ -3,6 +3,7 @@
 #include "tests/integration/host.hpp"
 
 #include <cstdlib>
+#include <iostream>
 #include <regex>
 #include <sstream>
 
@@ -103,18 +104,16 @@ void expect_answers(const Ended& debugger, const std::vector<Exchange>& session)
         std::cout << "The session: " << debugger << '\n';
 }
 
-void run_gdb(Debugged& guest, const std::string& kernel, const std::vector<Exchange>& session,
-             const std::vector<std::string>& before) {
-    const TemporaryFolder scripts;
+namespace {
+
+std::vector<std::string> gdb_command(const std::string& address, const std::string& kernel,
+                                     const std::vector<Exchange>& session, const TemporaryFolder& scripts) {
     std::vector<std::string> command{program_file("gdb"), "-q", "-nx", "-batch"};
     const auto give = [&command](const std::string& text) { command.insert(command.end(), {"-ex", text}); };
-    for (const char* const setting :
-         {"set pagination off", "set confirm off", "set style enabled off", "set print entry-values no",
-          "set print frame-arguments all", "set remotetimeout 60", "set width 0"})
+    for (const char* const setting : {"set pagination off", "set confirm off", "set style enabled off",
+                                      "set print entry-values no", "set remotetimeout 60", "set width 0"})
         give(setting);
-    for (const std::string& text : before)
-        give(text);
-    give("target remote " + guest.address());
+    give("target remote " + address);
     for (std::size_t i = 0; i < session.size(); ++i) {
         give("echo \\n" + mark(i) + "\\n");
         const std::string& text = session[i].command;
@@ -125,8 +124,17 @@ void run_gdb(Debugged& guest, const std::string& kernel, const std::vector<Excha
     }
     give("echo \\n" + mark(session.size()) + "\\n");
     command.push_back(guest_file(kernel));
-    expect_answers(
-        Child(command, {.prepare = [] { return ::dup2(STDOUT_FILENO, STDERR_FILENO) >= 0; }}).end(), session);
+    return command;
+}
+
+} // namespace
+
+Gdb::Gdb(Debugged& guest, const std::string& kernel, std::vector<Exchange> session)
+    : session_(std::move(session)),
+      child_(gdb_command(guest.address(), kernel, session_, scripts_), outputs_joined()) {}
+
+void Gdb::expect_answers() {
+    umbra::expect_answers(child_.end(), session_);
 }
 
 } // namespace umbra

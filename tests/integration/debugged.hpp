@@ -5,6 +5,7 @@
 #include "tests/integration/files.hpp"
 
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace umbra {
@@ -14,9 +15,9 @@ class Debugged {
   public:
     struct Setup {
         bool pause = true;
-        std::string address;              ///< none: a socket in a temporary folder
-        std::vector<std::string> options; ///< of umbra
-        std::vector<std::string> words;   ///< for the guest
+        std::string address{};              ///< none: a socket in a temporary folder
+        std::vector<std::string> options{}; ///< of umbra
+        std::vector<std::string> words{};   ///< for the guest
     };
     explicit Debugged(const std::string& guest) : Debugged(guest, Setup()) {}
     Debugged(const std::string& guest, const Setup& setup);
@@ -42,10 +43,24 @@ struct Exchange {
     std::string answer;
 };
 
-/// Runs gdb in batch mode: connected to the guest, whose symbols it has, it is given one command after the
-/// other. `before` are commands before it connects.
-void run_gdb(Debugged& guest, const std::string& kernel, const std::vector<Exchange>& session,
-             const std::vector<std::string>& before = {});
+/// gdb in batch mode. It connects to the guest, whose symbols it has, and is given one command after the
+/// other.
+class Gdb {
+  public:
+    Gdb(Debugged& guest, const std::string& kernel, std::vector<Exchange> session);
+
+    [[nodiscard]] Child& child() { return child_; }
+    /// Waits for its end, and checks what it answered.
+    void expect_answers();
+
+  private:
+    TemporaryFolder scripts_;
+    std::vector<Exchange> session_;
+    Child child_;
+};
+inline void run_gdb(Debugged& guest, const std::string& kernel, std::vector<Exchange> session) {
+    Gdb(guest, kernel, std::move(session)).expect_answers();
+}
 
 /// The path of a program; empty if it is not installed.
 [[nodiscard]] std::string program_file(const std::string& name);
