@@ -971,7 +971,7 @@ Guard ShadowTables::guard_on(GuestVirt at, GuestFrame frame) const {
         guard = found->second;
     if (const auto found = guards_.pages.find(at.page_base());
         found != guards_.pages.end() && !open_.pages.contains(at.page_base()))
-        guard = guard | found->second;
+        guard = guard | guards_.on_page(found->first, found->second, frame);
     return guard;
 }
 
@@ -1013,8 +1013,15 @@ Guard ShadowTables::guard_of_entry(const Table& table, unsigned slot, MachineFra
     const auto opens_slot = [slot](const auto& open) {
         return paging_4_level.level(1).index(open.first) == slot;
     };
-    if (table.key.role.guarded && std::ranges::none_of(open_.pages, opens_slot))
-        guard = guard | guarded_slots_[0][slot];
+    if (!table.key.role.guarded || std::ranges::any_of(open_.pages, opens_slot))
+        return guard;
+    const Guard& guarded = guarded_slots_[0][slot];
+    if (!guarded.fetch || guards_.executable.empty())
+        return guard | guarded;
+    for (const auto& [page, on_page] : guards_.pages) {
+        if (paging_4_level.level(1).index(page) == slot)
+            guard = guard | guards_.on_page(page, on_page, same);
+    }
     return guard;
 }
 

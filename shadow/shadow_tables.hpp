@@ -29,6 +29,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
 #include <unordered_map>
@@ -103,8 +104,9 @@ struct TableWrite {
 struct Guard {
     bool read = false, write = false, fetch = false;
 
+    /// x86 has no pages to write to or execute alone: where reads are guarded, nothing is let through.
     [[nodiscard]] bool forbids(const Access& access) const {
-        return access.fetch ? fetch : access.write ? write : read;
+        return read || (access.fetch ? fetch : access.write && write);
     }
     friend Guard operator|(Guard left, Guard right) {
         return {left.read || right.read, left.write || right.write, left.fetch || right.fetch};
@@ -113,10 +115,16 @@ struct Guard {
 };
 
 /// The debugger's guards: by frame, whatever address leads there, and by address (of the page's first byte),
-/// whatever is mapped there in any address space.
+/// whatever is mapped there in any address space; but from `executable` frames, fetches at that address are
+/// let through.
 struct Guards {
     std::map<GuestFrame, Guard> frames;
     std::map<GuestVirt, Guard> pages;
+    std::set<std::pair<GuestVirt, GuestFrame>> executable;
+
+    [[nodiscard]] Guard on_page(GuestVirt page, const Guard& guard, GuestFrame frame) const {
+        return {guard.read, guard.write, guard.fetch && !executable.contains({page, frame})};
+    }
 
     bool operator==(const Guards&) const = default;
 };

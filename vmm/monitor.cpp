@@ -164,6 +164,8 @@ void Monitor::enter() {
     cpu_.rip = rip;
     if (sleeping)
         machine_.vcpu().halt();
+    else if (cpu_.halted) // a signal may have ended its sleep: the switcher cannot run in it
+        machine_.vcpu().wake();
 }
 
 Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
@@ -260,22 +262,33 @@ Monitor::Step Monitor::attend_debugger(RunControl& control, const Step& verdict,
         if (frontend.poll())
             debugger_->want_stop({});
     }
-    // A step may end where the event that it was to meet is delivered, hence the loop.
-    while (debugger_->stop_wanted()) {
-        if (!stoppable) {
-            control.insist(true);
-            return std::nullopt;
-        }
-        control.insist(false);
-        if (auto ending = stand_still(control))
-            return ending;
-        entered = false;
+    if (!debugger_->stop_wanted())
+        return std::nullopt;
+    // What KVM was about to inject belongs to the state that the guest was in.
+    if (!stoppable || (entered && machine_.vcpu().injects())) {
+        control.insist(true);
+        return std::nullopt;
     }
-    return std::nullopt;
+    control.insist(false);
+    entered = false;
+    return stand_still(control);
 }
 
 /// Serves the debugger's client until the guest is to go on.
 Monitor::Step Monitor::stand_still(RunControl& control) {
+    DebugFrontend& frontend = debugger_->frontend();
+    Step ending;
+    // A step may end where the event that it was to meet is delivered; and the client may have said more than
+    // "go on".
+    do {
+        ending = serve_stop(control);
+        if (!ending && frontend.poll())
+            debugger_->want_stop({});
+    } while (!ending && debugger_->stop_wanted());
+    return ending;
+}
+
+Monitor::Step Monitor::serve_stop(RunControl& control) {
     DebugFrontend& frontend = debugger_->frontend();
     machine_.platform().flush();
     cpu_.cr8 = machine_.vcpu().cr8();

@@ -46,6 +46,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     void take_back_trap_flag(const Trap& trap, std::uint64_t own);
     Step attend_debugger(RunControl& control, const Step& verdict, bool stoppable, bool& entered);
     Step stand_still(RunControl& control);
+    Step serve_stop(RunControl& control);
     Step begin_table_write(const Trap& trap, Access access, GuestPhys slot);
     void finish_table_write();
     [[nodiscard]] Origin origin() const { return {trap_.rip, trap_.start, log_.added()}; }

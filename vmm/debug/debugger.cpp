@@ -256,7 +256,7 @@ void Debugger::clear() {
     step_interrupts_ = false;
     resume_ = {};
     return_to_.reset();
-    access_.reset();
+    accesses_.clear();
     stop_.reset();
 }
 
@@ -277,19 +277,27 @@ void Debugger::apply() {
     set_guards();
 }
 
-/// Makes int3 stand where it should, and nowhere else. True if there is a new one.
+/// Makes int3 stand where it should, and nowhere else. True if there is a new one. It is the frame that has it,
+/// so each address space may add one for a breakpoint, which stays while that space's tables lead there.
 bool Debugger::set_patches() {
-    std::set<GuestPhys> wanted;
-    const auto want = [&](GuestVirt at, std::optional<GuestFrame> root) {
+    std::map<GuestPhys, Patch> wanted;
+    const auto want = [&](GuestVirt at, GuestFrame root) {
         if (const auto place = translate(at, root); place && target_.memory.contains(*place, 1))
-            wanted.insert(*place);
+            wanted.try_emplace(*place, Patch{.at = at, .root = root});
     };
+    const GuestFrame here = target_.mmu.paging().root;
     for (const Breakpoint& breakpoint : breakpoints_) {
-        if (breakpoint.kind == BreakpointKind::software && !hidden_)
-            want(breakpoint.at, bound_to(breakpoint.at));
+        if (breakpoint.kind != BreakpointKind::software || hidden_)
+            continue;
+        const auto root = bound_to(breakpoint.at);
+        want(breakpoint.at, root.value_or(here));
+        for (const auto& [place, patch] : patches_) {
+            if (patch.at == breakpoint.at && !root && translate(patch.at, patch.root) == place)
+                wanted.try_emplace(place, patch);
+        }
     }
     if (return_to_)
-        want(return_to_->rip, std::nullopt);
+        want(return_to_->rip, here);
     for (auto patch = patches_.begin(); patch != patches_.end();) {
         if (wanted.contains(patch->first)) {
             ++patch;
@@ -299,11 +307,12 @@ bool Debugger::set_patches() {
         patch = patches_.erase(patch);
     }
     bool added = false;
-    for (const GuestPhys at : wanted) {
-        if (patches_.contains(at))
+    for (auto& [place, patch] : wanted) {
+        if (patches_.contains(place))
             continue;
-        std::byte& byte = target_.memory.range(at, 1).front();
-        patches_[at] = {.original = byte};
+        std::byte& byte = target_.memory.range(place, 1).front();
+        patch.original = byte;
+        patches_.emplace(place, patch);
         byte = int3;
         added = true;
     }
@@ -312,14 +321,27 @@ bool Debugger::set_patches() {
 
 void Debugger::set_guards() {
     Guards guards;
-    auto& [frames, pages] = guards;
+    auto& [frames, pages, executable] = guards;
+    const auto guard_page = [&pages](GuestVirt page, const Guard& guard) {
+        pages[page] = pages[page] | guard;
+    };
     // What the guest writes around an int3 must not be lost when it goes.
-    for (const auto& [at, patch] : patches_)
-        frames[at.frame()] = frames[at.frame()] | Guard{.write = true};
+    for (const auto& [place, patch] : patches_)
+        frames[place.frame()] = frames[place.frame()] | Guard{.write = true};
+    // Where a breakpoint's page is of another frame, or of none yet, it is noticed when the guest gets there.
     for (const Breakpoint& breakpoint : breakpoints_) {
-        const auto place = translate(breakpoint.at, bound_to(breakpoint.at));
-        if (!place || !patches_.contains(*place) || breakpoint.kind == BreakpointKind::hardware || hidden_)
-            pages[breakpoint.at.page_base()] = pages[breakpoint.at.page_base()] | Guard{.fetch = true};
+        guard_page(breakpoint.at.page_base(), {.fetch = true});
+        if (breakpoint.kind == BreakpointKind::hardware || hidden_)
+            continue;
+        for (const auto& [place, patch] : patches_) {
+            if (patch.at == breakpoint.at)
+                executable.emplace(breakpoint.at.page_base(), place.frame());
+        }
+    }
+    for (const Breakpoint& breakpoint : breakpoints_) {
+        if (breakpoint.kind == BreakpointKind::hardware)
+            std::erase_if(executable,
+                          [&](const auto& place) { return place.first == breakpoint.at.page_base(); });
     }
     for (const Watch& watch : watches_) {
         for (std::uint64_t done = 0; done < watch.size;) {
@@ -329,7 +351,7 @@ void Debugger::set_guards() {
                 done += page_size - here.page_offset();
             } else {
                 const GuestVirt here = watch.at + done;
-                pages[here.page_base()] = pages[here.page_base()] | guard_for(watch.kind);
+                guard_page(here.page_base(), guard_for(watch.kind));
                 done += page_size - here.page_offset();
             }
         }
@@ -433,19 +455,58 @@ bool Debugger::breakpoint_trap(std::uint8_t vector) {
 
 /// An access by the instruction under way.
 void Debugger::check_access(GuestVirt at, std::uint64_t size, bool read, bool write) {
+    const auto add = [&](const Watch& watch, GuestVirt first, std::uint64_t count) {
+        Candidate candidate{accessed(watch.kind, first), {}};
+        if (write) {
+            candidate.before.resize(count);
+            candidate.before.resize(this->read(first, candidate.before));
+        }
+        accesses_.push_back(std::move(candidate));
+    };
     for (const Watch& watch : watches_) {
         if (!concerns(watch.kind, read, write))
             continue;
         if (!watch.physical) {
-            if (overlap(at.value(), size, watch.at.value(), watch.size) && counts_here(watch.at))
-                access_ = accessed(watch.kind, std::max(at, watch.at));
+            if (!overlap(at.value(), size, watch.at.value(), watch.size) || !counts_here(watch.at))
+                continue;
+            const GuestVirt first = at - watch.at < watch.size ? at : watch.at;
+            add(watch, first, std::min(size - (first - at), watch.size - (first - watch.at)));
             continue;
         }
         for_each_piece(at, size, [&](GuestPhys physical, auto ram, std::size_t offset) {
             if (overlap(physical.value(), ram.size(), watch.physical->value(), watch.size))
-                access_ = accessed(watch.kind, at + offset);
+                add(watch, at + offset, ram.size());
         });
     }
+}
+
+/// What the instruction at RIP, one of whose accesses met a guard, does to what is watched.
+void Debugger::check_operands(GuestVirt at, const Access& access) {
+    if (watches_.empty())
+        return;
+    accesses_.clear(); // from another of its accesses, which met a guard before
+    if (const auto operands = memory_accesses(target_.cpu, code())) {
+        for (const MemoryAccess& part : *operands)
+            check_access(part.at, part.size, part.read, part.write);
+    } else if (!access.fetch) {
+        check_access(at, 1, !access.write, access.write);
+    }
+}
+
+/// The access to tell. A client that looks for changes drops a write that made none, so that one that did
+/// comes first.
+std::optional<Stop> Debugger::take_access() {
+    const auto accesses = std::exchange(accesses_, {});
+    if (accesses.empty())
+        return std::nullopt;
+    const auto worth_telling = [this](const Candidate& candidate) {
+        if (candidate.stop.watch != WatchKind::write)
+            return true;
+        std::vector<std::byte> after(candidate.before.size());
+        return read(candidate.stop.address, after) != after.size() || after != candidate.before;
+    };
+    const auto first = std::ranges::find_if(accesses, worth_telling);
+    return (first == accesses.end() ? accesses.front() : *first).stop;
 }
 
 void Debugger::guarded(GuestVirt at, Access access) {
@@ -453,20 +514,21 @@ void Debugger::guarded(GuestVirt at, Access access) {
     if (access.fetch) {
         if (resumed_at_ != rip && hit(rip))
             return;
-        // What was not mapped when it was asked for can be a real int3 now.
+        // What was not mapped there before gets a real int3 now.
         if (set_patches()) {
             set_guards();
             return;
         }
-    } else {
-        const auto accesses = memory_accesses(target_.cpu, code());
-        if (!accesses)
-            check_access(at, 1, !access.write, access.write);
-        else
-            for (const MemoryAccess& part : *accesses)
-                check_access(part.at, part.size, part.read, part.write);
-        if (const auto place = translate(at); place && access.write)
-            lift_page(place->frame());
+    }
+    check_operands(at, access);
+    if (const auto place = translate(at); place && access.write) {
+        // A frame that the guest gives another use loses what its old one had.
+        const std::size_t before = patches_.size();
+        if (set_patches() || patches_.size() != before) {
+            set_guards();
+            return;
+        }
+        lift_page(place->frame());
     }
     target_.mmu.begin_guarded_access();
     guard_open_ = true;
@@ -520,7 +582,7 @@ std::uint64_t Debugger::flags_after_step(std::uint64_t flags, std::uint64_t own,
 void Debugger::instruction_ended(bool retired) {
     put_back();
     resumed_at_.reset();
-    auto access = std::exchange(access_, std::nullopt);
+    auto access = take_access();
     auto stored = std::exchange(stored_, std::nullopt);
     if (stored || (access && retired)) {
         stop_ = stored ? std::move(stored) : std::move(access);
@@ -537,7 +599,7 @@ void Debugger::instruction_ended(bool retired) {
 
 void Debugger::abandon_instruction() {
     put_back();
-    access_.reset();
+    accesses_.clear();
 }
 
 void Debugger::halted() {

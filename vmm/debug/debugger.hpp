@@ -232,9 +232,17 @@ class Debugger {
 
         bool operator==(const Watch&) const = default;
     };
+    /// An int3.
     struct Patch {
+        GuestVirt at;    ///< of the breakpoint, which this address space has there
+        GuestFrame root; ///< its top-level table
         std::byte original{};
         bool lifted = false; ///< for one instruction
+    };
+    /// A watched place that the instruction under way accesses.
+    struct Candidate {
+        Stop stop;
+        std::vector<std::byte> before; ///< the bytes from stop.address on, before a write
     };
 
     [[nodiscard]] std::uint64_t watched_bytes() const;
@@ -247,6 +255,8 @@ class Debugger {
     [[nodiscard]] std::optional<GuestFrame> bound_to(GuestVirt at) const;
     [[nodiscard]] bool counts_here(GuestVirt at) const;
     [[nodiscard]] bool hit(GuestVirt rip);
+    void check_operands(GuestVirt at, const Access& access);
+    [[nodiscard]] std::optional<Stop> take_access();
     void check_access(GuestVirt at, std::uint64_t size, bool read, bool write);
     void lift(GuestPhys at);
     void lift_page(GuestFrame frame);
@@ -277,7 +287,7 @@ class Debugger {
     bool guard_open_ = false;
     StepKind kind_{};
     std::optional<GuestVirt> resumed_at_; ///< a breakpoint here has been told
-    std::optional<Stop> access_;          ///< a watched access, told when the instruction is done
+    std::vector<Candidate> accesses_;     ///< one of them is told when the instruction is done
     std::optional<Stop> stored_;          ///< one that umbra has made already, for the guest
     /// The step goes on, or ends, when the interrupt's handler returns to here.
     std::optional<ReturnTo> return_to_;

@@ -538,6 +538,14 @@ void Vcpu::load(VirtualCpu& cpu) const {
     cpu.cpl = cpu.ss.dpl;
 }
 
+bool Vcpu::injects() const {
+    kvm_vcpu_events events{};
+    if (control(file_, KVM_GET_VCPU_EVENTS, &events) != 0)
+        return false;
+    return events.exception.injected != 0 || events.exception.pending != 0 ||
+           events.interrupt.injected != 0 || events.nmi.injected != 0 || events.nmi.pending != 0;
+}
+
 void Vcpu::set_interrupt_shadow(bool shadow) {
     kvm_vcpu_events events{};
     events.flags = KVM_VCPUEVENT_VALID_SHADOW;
@@ -551,6 +559,12 @@ void Vcpu::halt() {
     kvm_mp_state state{};
     state.mp_state = KVM_MP_STATE_HALTED;
     (void)control(file_, KVM_SET_MP_STATE, &state); // fails only without an irqchip; then the guest polls
+}
+
+void Vcpu::wake() {
+    kvm_mp_state state{};
+    state.mp_state = KVM_MP_STATE_RUNNABLE;
+    (void)control(file_, KVM_SET_MP_STATE, &state);
 }
 
 std::optional<std::uint64_t> Vcpu::read_msr(std::uint32_t index) const {

@@ -130,11 +130,15 @@ class Vcpu {
     void store(const VirtualCpu& cpu);
     void load(VirtualCpu& cpu) const;
 
+    /// Whether KVM was about to inject an event when a signal ended the run: it will with the next one.
+    [[nodiscard]] bool injects() const;
     /// Whether interrupts are held back for one instruction, as after STI. Only after an exit by a port
     /// access.
     void set_interrupt_shadow(bool shadow);
     /// KVM_SET_MP_STATE: the vCPU sleeps until an interrupt that RFLAGS.IF admits.
     void halt();
+    /// It sleeps no longer.
+    void wake();
 
     [[nodiscard]] std::optional<std::uint64_t> read_msr(std::uint32_t index) const;
     [[nodiscard]] bool write_msr(std::uint32_t index, std::uint64_t value);
