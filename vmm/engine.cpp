@@ -13,6 +13,7 @@ std::optional<Verdict> Engine::attend(RunControl& control) {
     RunControl::Requests requests = control.take();
     if (!requests.input.empty())
         machine_.input(requests.input);
+    debugger_calls_ |= requests.debugger;
     if (requests.met)
         return Verdict{Verdict::Kind::passed, 0, "the console printed what was expected"};
     if (requests.interrupted)

@@ -64,7 +64,8 @@ class Engine {
     VirtualCpu cpu_;
     CpuFeatures features_;
     TrapLog log_;
-    TrapRecord trap_; ///< of the exit that is being handled
+    TrapRecord trap_;             ///< of the exit that is being handled
+    bool debugger_calls_ = false; ///< RunControl::debugger_calls was taken
 };
 
 } // namespace umbra

@@ -231,7 +231,11 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
             verdict = stop(Verdict::Kind::host_failed, "audit: " + *broken);
     }
     end_trap();
-    return verdict ? verdict : finish_exit(reason, control);
+    if (!verdict)
+        verdict = finish_exit(reason, control);
+    if (debugger_calls_) // to be attended at the next exit, which is at once
+        vcpu.request_exit();
+    return verdict;
 }
 
 /// The machine was entered with EFLAGS.TF for one instruction, of which the guest must not learn.
@@ -256,12 +260,8 @@ Monitor::Step Monitor::attend_debugger(RunControl& control, const Step& verdict,
         const Step other = stand_still(control);
         return other && other->kind == Verdict::Kind::restart ? other : std::nullopt;
     }
-    if (control.pending()) {
-        if (auto ending = attend(control))
-            return ending;
-        if (frontend.poll())
-            debugger_->want_stop({});
-    }
+    if (std::exchange(debugger_calls_, false) && frontend.poll())
+        debugger_->want_stop({});
     if (!debugger_->stop_wanted())
         return std::nullopt;
     // What KVM was about to inject belongs to the state that the guest was in.

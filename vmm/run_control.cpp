@@ -77,10 +77,6 @@ void RunControl::input(std::string_view text) {
     kick();
 }
 
-void RunControl::debugger_calls() {
-    kick();
-}
-
 void RunControl::flush_output() {
     if (output_waits_.load(std::memory_order_relaxed))
         kick();
@@ -102,7 +98,7 @@ RunControl::Requests RunControl::take() {
     if (vcpu_ != nullptr)
         vcpu_->clear_exit_request();
     pending_ = timed_out_ || interrupted_ || met_;
-    Requests requests{timed_out_, interrupted_, met_, {}};
+    Requests requests{timed_out_, interrupted_, met_, debugger_.exchange(false), {}};
     requests.input.swap(input_);
     return requests;
 }

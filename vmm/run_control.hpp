@@ -28,7 +28,7 @@ class RunControl {
     void expectation_met() { request(met_); }
     void input(std::string_view text);
     /// The debugger's client has something to say.
-    void debugger_calls();
+    void debugger_calls() { request(debugger_); }
     /// Output that waits for the end of its line is to be passed on.
     void flush_output();
     /// The run is to end: nobody should wait for anything else.
@@ -51,9 +51,10 @@ class RunControl {
         bool timed_out = false;
         bool interrupted = false;
         bool met = false;
+        bool debugger = false;
         std::string input;
     };
-    /// Endings stay requested; input is handed over once.
+    /// Endings stay requested; the rest is handed over once.
     [[nodiscard]] Requests take();
 
   private:
@@ -61,7 +62,7 @@ class RunControl {
     void kick();
 
     std::atomic<bool> pending_ = false, timed_out_ = false, interrupted_ = false, met_ = false,
-                      output_waits_ = false;
+                      debugger_ = false, output_waits_ = false;
     std::mutex mutex_; ///< guards what follows
     std::condition_variable woken_;
     std::string input_;

@@ -277,8 +277,8 @@ void Debugger::apply() {
     set_guards();
 }
 
-/// Makes int3 stand where it should, and nowhere else. True if there is a new one. It is the frame that has it,
-/// so each address space may add one for a breakpoint, which stays while that space's tables lead there.
+/// Makes int3 stand where it should, and nowhere else. True if there is a new one. It is the frame that has
+/// it, so each address space may add one for a breakpoint, which stays while that space's tables lead there.
 bool Debugger::set_patches() {
     std::map<GuestPhys, Patch> wanted;
     const auto want = [&](GuestVirt at, GuestFrame root) {
