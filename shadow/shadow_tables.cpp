@@ -963,16 +963,31 @@ void ShadowTables::set_guards(Guards guards) {
     reset(); // the places of guards are part of tables' keys
 }
 
-/// What must not go unseen of accesses to this frame by this address.
+/// The guard on entry `slot` of a level-1 table that translates guarded pages. Such tables are shared, so it
+/// is that of all guarded pages with this entry, `of_all`, but for what may be executed.
+static Guard guard_of_slot(const Guards& guards, const Guard& of_all, unsigned slot, GuestFrame frame) {
+    if (!of_all.fetch || guards.executable.empty())
+        return of_all;
+    Guard guard;
+    for (const auto& [page, on_page] : guards.pages) {
+        if (paging_4_level.level(1).index(page) == slot)
+            guard = guard | guards.on_page(page, on_page, frame);
+    }
+    return guard;
+}
+
+/// What must not go unseen of accesses to this frame by this address. No less than guard_of_entry forbids:
+/// an access that its entry does not let through would miss for ever.
 Guard ShadowTables::guard_on(GuestVirt at, GuestFrame frame) const {
     Guard guard;
-    if (const auto found = guards_.frames.find(frame);
-        found != guards_.frames.end() && !open_.frames.contains(frame))
+    if (open_.executable.contains({at.page_base(), frame}))
+        return guard;
+    if (const auto found = guards_.frames.find(frame); found != guards_.frames.end())
         guard = found->second;
-    if (const auto found = guards_.pages.find(at.page_base());
-        found != guards_.pages.end() && !open_.pages.contains(at.page_base()))
-        guard = guard | guards_.on_page(found->first, found->second, frame);
-    return guard;
+    if (!has_guard(at, paging_4_level.level(2)))
+        return guard;
+    const unsigned slot = paging_4_level.level(1).index(at);
+    return guard | guard_of_slot(guards_, guarded_slots_[0][slot], slot, frame);
 }
 
 /// Whether an entry of `level` translates a guarded page, where `at` is translated.
@@ -986,10 +1001,7 @@ bool ShadowTables::has_guard(GuestVirt at, const Level& level) const {
 
 /// Until close_guards, what is guarded of this page, at this address and of this frame, is let through.
 void ShadowTables::open_guard(GuestVirt at, GuestFrame frame) {
-    if (const auto found = guards_.frames.find(frame); found != guards_.frames.end())
-        open_.frames.insert(*found);
-    if (const auto found = guards_.pages.find(at.page_base()); found != guards_.pages.end())
-        open_.pages.insert(*found);
+    open_.executable.emplace(at.page_base(), frame);
 }
 
 void ShadowTables::close_guards() {
@@ -1000,29 +1012,22 @@ void ShadowTables::close_guards() {
     }
 }
 
-/// The guard on a level-1 entry that maps `frame`. A table that translates guarded pages may do so for
-/// several: then each slot has the guards of all.
+/// The guard on a level-1 entry that maps `frame`.
 Guard ShadowTables::guard_of_entry(const Table& table, unsigned slot, MachineFrame frame) const {
     Guard guard;
     if (guards_.frames.empty() && !table.key.role.guarded)
         return guard;
-    const GuestFrame same(frame.number());
-    if (const auto found = guards_.frames.find(same);
-        found != guards_.frames.end() && !open_.frames.contains(same))
-        guard = found->second;
-    const auto opens_slot = [slot](const auto& open) {
-        return paging_4_level.level(1).index(open.first) == slot;
+    const auto opens = [&](const auto& open) {
+        return paging_4_level.level(1).index(open.first) == slot && machine_frame(open.second) == frame;
     };
-    if (!table.key.role.guarded || std::ranges::any_of(open_.pages, opens_slot))
+    if (std::ranges::any_of(open_.executable, opens))
         return guard;
-    const Guard& guarded = guarded_slots_[0][slot];
-    if (!guarded.fetch || guards_.executable.empty())
-        return guard | guarded;
-    for (const auto& [page, on_page] : guards_.pages) {
-        if (paging_4_level.level(1).index(page) == slot)
-            guard = guard | guards_.on_page(page, on_page, same);
-    }
-    return guard;
+    const GuestFrame same(frame.number());
+    if (const auto found = guards_.frames.find(same); found != guards_.frames.end())
+        guard = found->second;
+    if (!table.key.role.guarded)
+        return guard;
+    return guard | guard_of_slot(guards_, guarded_slots_[0][slot], slot, same);
 }
 
 /// The level-1 entry for `frame` with these rights, but for what the guards in force forbid.
@@ -1030,7 +1035,7 @@ ShadowEntry ShadowTables::guarded_entry(TableIndex index, unsigned slot, Machine
                                         std::uint64_t rights) {
     if (guards_.frames.empty() && guards_.pages.empty())
         return {frame, rights};
-    if (!open_.frames.empty() || !open_.pages.empty())
+    if (!open_.executable.empty())
         opened_.push_back({index, slot}); // may have been let through
     const Guard guard = guard_of_entry(table(index), slot, frame);
     if (guard.read) // x86 has no pages to write to or execute alone

@@ -6,6 +6,9 @@
 #include "shadow/shadow_tables.hpp"
 #include "tests/bench/result.hpp"
 
+#include <string>
+#include <vector>
+
 namespace umbra::bench {
 namespace {
 
@@ -40,6 +43,21 @@ BENCHMARK_CAPTURE(counted_traps, spaces, "spaces")->Name("traps of guest spaces"
 BENCHMARK_CAPTURE(counted_traps, paging, "paging")->Name("traps of guest paging")->Iterations(1);
 BENCHMARK_CAPTURE(counted_traps, user, "user")->Name("traps of guest user")->Iterations(1);
 BENCHMARK_CAPTURE(counted_traps, access, "access")->Name("traps of guest access")->Iterations(1);
+
+// Over gdb's remote protocol.
+const std::vector<std::string> busy{"wait"}, halted{"ticks", "idle"};
+BENCHMARK_CAPTURE(debug_stop, busy, busy, false)->Name("gdb: Ctrl-C to stop, busy guest")->Iterations(1);
+BENCHMARK_CAPTURE(debug_stop, busy_worst, busy, true)
+    ->Name("gdb: Ctrl-C to stop, busy guest: worst")
+    ->Iterations(1);
+BENCHMARK_CAPTURE(debug_stop, halted, halted, false)
+    ->Name("gdb: Ctrl-C to stop, halted guest")
+    ->Iterations(1);
+BENCHMARK_CAPTURE(debug_stop, halted_worst, halted, true)
+    ->Name("gdb: Ctrl-C to stop, halted guest: worst")
+    ->Iterations(1);
+BENCHMARK(debug_condition)->Name("gdb: breakpoint, condition false")->Iterations(1);
+BENCHMARK(debug_watchpoints)->Name("gdb: guest mmufuzz, 100 watchpoints untouched")->Iterations(1);
 
 BENCHMARK(guest_walk)->Name("guest walk, 4 levels");
 

@@ -76,6 +76,10 @@ void dirty_log_write(benchmark::State& state);
 void guest_walk(benchmark::State& state);
 void guest_arithmetic(benchmark::State& state);
 void guest_memory(benchmark::State& state);
+/// `words`: for the guest `debug`; `worst`: of all stops, in place of the median.
+void debug_stop(benchmark::State& state, const std::vector<std::string>& words, bool worst);
+void debug_condition(benchmark::State& state);
+void debug_watchpoints(benchmark::State& state);
 
 /// What it takes, after a flush, to compare one of so many tables of level 1, in nanoseconds; `changes`:
 /// entries of each that the guest has changed.

@@ -24,6 +24,10 @@ std::vector<std::string> command_for(const std::string& guest, const Debugged::S
     if (setup.pause)
         arguments.emplace_back("--pause");
     arguments.insert(arguments.end(), setup.options.begin(), setup.options.end());
+    if (guest.starts_with('/')) {
+        arguments.push_back(guest);
+        return umbra_command(arguments);
+    }
     arguments.push_back(guest_file(guest));
     std::vector<std::string> words = words_for_guest("shadow");
     if (words.empty())
@@ -123,7 +127,8 @@ std::vector<std::string> gdb_command(const std::string& address, const std::stri
             command.insert(command.end(), {"-x", scripts.write(std::to_string(i), text)});
     }
     give("echo \\n" + mark(session.size()) + "\\n");
-    command.push_back(guest_file(kernel));
+    if (!kernel.empty())
+        command.push_back(guest_file(kernel));
     return command;
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 namespace umbra {
 namespace {
@@ -384,17 +385,19 @@ TEST_F(GdbTest, WatchpointsOfReads) {
 }
 
 TEST_F(GdbTest, WatchpointsTellTheHistory) {
-    Debugged guest("debug", {.words = {"ticks"}});
-    run_gdb(guest, "debug",
-            {
-                {"break finished", "^Breakpoint 1 at "},
-                {"watch buffer", "^Hardware watchpoint 2: buffer$"},
-                {to_the_end, "^Breakpoint 1, finished"},
-                {"info breakpoints 2", "already hit 639 times"}, // all 64 bytes, but for the first 0
-                {"delete", ""},
-                {"continue", "exited normally"},
-            });
-    guest.expect_pass();
+    if (!emulated_host()) { // where 639 stops take minutes
+        Debugged guest("debug", {.words = {"ticks"}});
+        run_gdb(guest, "debug",
+                {
+                    {"break finished", "^Breakpoint 1 at "},
+                    {"watch buffer", "^Hardware watchpoint 2: buffer$"},
+                    {to_the_end, "^Breakpoint 1, finished"},
+                    {"info breakpoints 2", "already hit 639 times"}, // all 64 bytes, but for the first 0
+                    {"delete", ""},
+                    {"continue", "exited normally"},
+                });
+        guest.expect_pass();
+    }
 
     Debugged other("debug", {.words = {"ticks"}});
     run_gdb(other, "debug",
@@ -666,6 +669,27 @@ TEST_F(GdbTest, ResetStartsAnew) {
                 {"detach", "detached"},
             });
     guest.expect_pass();
+}
+
+// --- A real program
+
+TEST_F(GdbTest, DebugsMemtestWithoutSymbols) {
+    const std::string memtest = "/boot/memtest86+x64.bin";
+    if (::access(memtest.c_str(), R_OK) != 0)
+        UMBRA_MISSING(memtest + " is missing: install memtest86+");
+    Debugged guest(memtest, {.options = {"-m", "64M", "--append", "console=ttyS0,115200"}});
+    run_gdb(guest, "",
+            {
+                {"x/2i $pc", "=> 0x100200:\tcld[^]*0x100201:\tcli"},
+                {"break *0x100202", "^Breakpoint 1 at 0x100202$"},
+                {"continue", R"(^Breakpoint 1, 0x0*100202 in \?\? \(\)$)"},
+                {"watch *(char(*)[4096])0xb8000", "^Hardware watchpoint 2: "}, // the screen
+                {"continue", R"(^Old value = '\\000' <repeats 4095 times>\nNew value = ")"},
+                {"bt 2", R"(^#0 +0x[0-9a-f]+ in \?\? \(\)\n#1 +0x[0-9a-f]+ in )"},
+                {"continue", R"(^New value = ")"},
+                {"delete", ""},
+                {"kill", "killed"},
+            });
 }
 
 } // namespace

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
 
 #include <fmt/format.h>
 
@@ -81,6 +82,54 @@ std::string unescape(std::string_view text) {
     return out;
 }
 
+/// A conversion of a format, without its '%'.
+struct Field {
+    std::string spec;          ///< flags, width and precision
+    std::size_t precision = 0; ///< that of a string: how much of it is printed
+    unsigned bits = 32;        ///< of the value
+    char kind = 0;
+};
+constexpr std::size_t longest_string = 1024;
+
+/// Takes a conversion from the front of what follows a '%'. Nothing if it is none, or one whose text would
+/// not fit `printed`.
+std::optional<Field> take_field(std::string_view& pattern) {
+    const auto take = [&](std::string_view accepted) {
+        const std::size_t length = std::min(pattern.find_first_not_of(accepted), pattern.size());
+        const std::string_view taken = pattern.substr(0, length);
+        pattern.remove_prefix(length);
+        return taken;
+    };
+    constexpr std::string_view digits = "0123456789";
+    constexpr std::size_t most_flags = 6, most_digits = 3;
+    const std::string_view flags = take("-+ #0'"), width = take(digits);
+    const bool precise = pattern.starts_with('.');
+    pattern.remove_prefix(precise ? 1 : 0);
+    const std::string_view precision = take(digits), length = take("hlLjqtz");
+    if (pattern.empty() || flags.size() > most_flags || width.size() > most_digits ||
+        precision.size() > most_digits || length.size() > 2)
+        return std::nullopt;
+    Field field{fmt::format("%{}{}{}{}", flags, width, precise ? "." : "", precision), longest_string, 32,
+                pattern.front()};
+    pattern.remove_prefix(1);
+    if (precise) {
+        field.precision = 0;
+        for (const char digit : precision)
+            field.precision = field.precision * 10 + static_cast<std::size_t>(digit - '0');
+    }
+    if (!length.empty())
+        field.bits = length == "h" ? 16 : length == "hh" ? 8 : 64;
+    return field;
+}
+
+/// One value in C's way: whatever the flags mean there they mean here.
+template<class Value>
+std::string printed(const std::string& spec, Value value) {
+    std::array<char, longest_string + 1> text{};
+    const int length = std::snprintf(text.data(), text.size(), spec.c_str(), value);
+    return {text.data(), std::min(static_cast<std::size_t>(std::max(length, 0)), text.size() - 1)};
+}
+
 class Machine {
   public:
     Machine(std::span<const std::byte> code, AgentContext& context) : code_(code), context_(context) {}
@@ -156,8 +205,7 @@ class Machine {
     template<class Function>
     void divide(Function function) {
         const std::uint64_t right = pop(), left = pop();
-        const bool overflows = right == ~std::uint64_t{0} && left == std::uint64_t{1} << 63;
-        if (right == 0 || overflows)
+        if (right == 0)
             return fail(AgentError::division);
         push(function(left, right));
     }
@@ -165,23 +213,25 @@ class Machine {
     void extend(bool is_signed);
     void step(Op op);
     void print();
-    void format(std::string_view pattern, std::span<const std::uint64_t> values);
-    [[nodiscard]] std::string text_at(GuestVirt at);
+    [[nodiscard]] std::string format(std::string_view pattern, std::span<const std::uint64_t> values);
+    [[nodiscard]] std::string format(const Field& field, std::uint64_t value);
+    [[nodiscard]] std::string text_at(GuestVirt at, std::size_t longest);
 
     std::span<const std::byte> code_;
     AgentContext& context_;
     std::size_t at_ = 0;
     std::vector<std::uint64_t> stack_;
+    std::size_t text_size_ = 0; ///< of all that was printed
     bool ended_ = false;
     std::optional<AgentError> error_;
 };
 
 void Machine::extend(bool is_signed) {
     const std::uint64_t bits = operand(1), value = pop();
-    if (bits == 0)
-        return fail(AgentError::bad_code);
     if (bits >= 64)
         return push(value);
+    if (bits == 0) // of no bits there is no sign
+        return is_signed ? fail(AgentError::bad_code) : push(0);
     const std::uint64_t unused = 64 - bits;
     push(is_signed ? static_cast<std::uint64_t>(sign(value << unused) >> unused) : value << unused >> unused);
 }
@@ -196,11 +246,15 @@ void Machine::step(Op op) {
     case Op::mul:
         return binary([](auto a, auto b) { return a * b; });
     case Op::div_signed:
-        return divide([](auto a, auto b) { return static_cast<std::uint64_t>(sign(a) / sign(b)); });
+        // By -1: in C, the lowest number's quotient would not be defined.
+        return divide([](auto a, auto b) {
+            return sign(b) == -1 ? ~a + 1 : static_cast<std::uint64_t>(sign(a) / sign(b));
+        });
     case Op::div_unsigned:
         return divide([](auto a, auto b) { return a / b; });
     case Op::rem_signed:
-        return divide([](auto a, auto b) { return static_cast<std::uint64_t>(sign(a) % sign(b)); });
+        return divide(
+            [](auto a, auto b) { return sign(b) == -1 ? 0 : static_cast<std::uint64_t>(sign(a) % sign(b)); });
     case Op::rem_unsigned:
         return divide([](auto a, auto b) { return a % b; });
     case Op::lsh:
@@ -213,12 +267,12 @@ void Machine::step(Op op) {
         pop();
         pop();
         return;
-    case Op::trace_quick:
+    case Op::trace_quick: // the address stays
         (void)operand(1);
-        return;
+        return push(pop());
     case Op::trace16:
         (void)operand(2);
-        return;
+        return push(pop());
     case Op::log_not:
         return push(pop() == 0 ? 1 : 0);
     case Op::bit_and:
@@ -304,7 +358,7 @@ void Machine::step(Op op) {
 void Machine::print() {
     const std::uint64_t count = operand(1);
     const std::uint64_t length = operand(2);
-    if (error_ || length == 0 || code_.size() - at_ < length)
+    if (error_ || length == 0 || code_.size() - at_ < length || code_[at_ + length - 1] != std::byte{})
         return fail(AgentError::bad_code);
     const auto* text = reinterpret_cast<const char*>(code_.data() + at_);
     at_ += length;
@@ -313,12 +367,15 @@ void Machine::print() {
     std::vector<std::uint64_t> values;
     for (std::uint64_t i = 0; i < count && !error_; ++i)
         values.push_back(pop());
+    if (error_)
+        return;
+    const std::string out = format(unescape({text, length - 1}), values);
     if (!error_)
-        format(unescape({text, length - 1}), values);
+        context_.print(out);
 }
 
-std::string Machine::text_at(GuestVirt at) {
-    constexpr std::size_t longest = 1024;
+/// Up to its NUL or to where there is no memory.
+std::string Machine::text_at(GuestVirt at, std::size_t longest) {
     std::string text;
     for (std::byte byte{}; text.size() < longest &&
                            context_.read_memory(at + text.size(), std::span(&byte, 1)) &&
@@ -327,62 +384,59 @@ std::string Machine::text_at(GuestVirt at) {
     return text;
 }
 
-/// As printf, for integers, pointers, characters and strings; flags, width and precision are left out.
-void Machine::format(std::string_view pattern, std::span<const std::uint64_t> values) {
-    std::string out;
-    for (std::size_t i = 0; i < pattern.size(); ++i) {
-        if (pattern[i] != '%') {
-            out += pattern[i];
-            continue;
-        }
-        const std::size_t last = pattern.find_first_of("diuxXopcs%", i + 1);
-        if (last == std::string_view::npos)
-            return fail(AgentError::bad_code);
-        const bool whole = pattern.substr(i, last - i).find('l') != std::string_view::npos;
-        const char kind = pattern[last];
-        i = last;
-        if (kind == '%') {
-            out += '%';
-            continue;
-        }
-        if (values.empty())
-            return fail(AgentError::stack);
-        const std::uint64_t value =
-            whole || kind == 'p' || kind == 's' ? values.front() : static_cast<std::uint32_t>(values.front());
-        const std::int64_t with_sign =
-            whole ? sign(value) : std::int64_t{static_cast<std::int32_t>(static_cast<std::uint32_t>(value))};
-        values = values.subspan(1);
-        switch (kind) {
-        case 'd':
-        case 'i':
-            out += fmt::format("{}", with_sign);
-            break;
-        case 'u':
-            out += fmt::format("{}", value);
-            break;
-        case 'x':
-            out += fmt::format("{:x}", value);
-            break;
-        case 'X':
-            out += fmt::format("{:X}", value);
-            break;
-        case 'o':
-            out += fmt::format("{:o}", value);
-            break;
-        case 'p':
-            out += fmt::format("{:#x}", value);
-            break;
-        case 'c':
-            out += static_cast<char>(value);
-            break;
-        case 's':
-            out += text_at(GuestVirt(value));
-            break;
-        default: // find_first_of gives no other
-            break;
-        }
+std::string Machine::format(const Field& field, std::uint64_t value) {
+    const unsigned unused = 64 - field.bits;
+    switch (field.kind) {
+    case 'd':
+    case 'i':
+        return printed(field.spec + "lld", static_cast<long long>(sign(value << unused) >> unused));
+    case 'u':
+    case 'x':
+    case 'X':
+    case 'o':
+        return printed(field.spec + "ll" + field.kind,
+                       static_cast<unsigned long long>(value << unused >> unused));
+    case 'p':
+        return printed(field.spec + "s", fmt::format("{:#x}", value).c_str());
+    case 'c':
+        return printed(field.spec + "c", static_cast<int>(value & 0xff));
+    case 's': { // null as gdb's own printf shows it
+        const std::size_t longest = std::min(field.precision, longest_string);
+        const std::string text = value == 0 ? "(null)" : text_at(GuestVirt(value), longest);
+        return printed(field.spec + "s", text.c_str());
     }
-    context_.print(out);
+    default: // floating point, and what is no conversion
+        fail(AgentError::bad_code);
+        return {};
+    }
+}
+
+/// As printf, for integers, pointers, characters and strings.
+std::string Machine::format(std::string_view pattern, std::span<const std::uint64_t> values) {
+    std::string out;
+    while (!pattern.empty() && !error_) {
+        const std::size_t literal = std::min(pattern.find('%'), pattern.size());
+        out += pattern.substr(0, literal);
+        pattern.remove_prefix(literal);
+        if (!pattern.empty()) {
+            pattern.remove_prefix(1);
+            const auto field = take_field(pattern);
+            if (!field) {
+                fail(AgentError::bad_code);
+            } else if (field->kind == '%') {
+                out += '%';
+            } else if (values.empty()) {
+                fail(AgentError::stack);
+            } else {
+                out += format(*field, values.front());
+                values = values.subspan(1);
+            }
+        }
+        if (text_size_ + out.size() > agent_text)
+            fail(AgentError::too_long);
+    }
+    text_size_ += out.size();
+    return out;
 }
 
 /// "X LENGTH,CODE", the length in hexadecimal.
@@ -408,7 +462,8 @@ AgentResult evaluate(const AgentExpression& expression, AgentContext& context) {
 std::optional<PointLists> parse_point_lists(std::string_view text) {
     PointLists lists;
     for (Cursor cursor(text); !cursor.empty();) {
-        (void)cursor.take(';');
+        if (!cursor.take(';'))
+            return std::nullopt;
         std::vector<AgentExpression>* list = &lists.conditions;
         if (cursor.take("cmds:")) {
             if (!cursor.hex() || !cursor.take(','))

@@ -44,13 +44,14 @@ class AgentContext {
 enum class AgentError : std::uint8_t {
     bad_code,  ///< an unknown operation, or one cut off, or a jump to nowhere
     stack,     ///< too little on it, or too much
-    too_long,  ///< more steps than agent_steps
+    too_long,  ///< more steps than agent_steps, or more text than agent_text
     division,  ///< by zero
     memory,    ///< not there
     registers, ///< no such register
 };
 
 inline constexpr unsigned agent_steps = 10'000, agent_stack = 100;
+inline constexpr std::size_t agent_text = 0x10000; ///< bytes that one evaluation may print
 
 /// The value on top of the stack when it ended; 0 if there is none.
 using AgentResult = std::variant<std::int64_t, AgentError>;

@@ -244,6 +244,7 @@ bool Debugger::counts_here(GuestVirt at) const {
 void Debugger::resume(const Resume& how) {
     resume_ = how;
     return_to_.reset();
+    told_.reset();
     resumed_at_ = GuestVirt(target_.cpu.rip);
 }
 
@@ -256,6 +257,7 @@ void Debugger::clear() {
     step_interrupts_ = false;
     resume_ = {};
     return_to_.reset();
+    told_.reset();
     accesses_.clear();
     stop_.reset();
 }
@@ -582,6 +584,11 @@ std::uint64_t Debugger::flags_after_step(std::uint64_t flags, std::uint64_t own,
 void Debugger::instruction_ended(bool retired) {
     put_back();
     resumed_at_.reset();
+    if (told_ && told_->rsp == target_.cpu[Gpr::rsp]) { // its frame is popped
+        if (told_->rip.value() == target_.cpu.rip)
+            resumed_at_ = told_->rip;
+        told_.reset();
+    }
     auto access = take_access();
     auto stored = std::exchange(stored_, std::nullopt);
     if (stored || (access && retired)) {
@@ -608,10 +615,16 @@ void Debugger::halted() {
 }
 
 void Debugger::delivered(const Event& event, const ReturnTo& interrupted) {
-    if (event.kind != EventKind::external_interrupt) {
+    const bool told = resumed_at_ == interrupted.rip;
+    if (event.kind == EventKind::external_interrupt)
+        entered_interrupt(interrupted);
+    else
         instruction_ended(false);
-        return;
-    }
+    if (told && !(return_to_ && return_to_->rip == interrupted.rip))
+        told_ = interrupted;
+}
+
+void Debugger::entered_interrupt(const ReturnTo& interrupted) {
     abandon_instruction();
     if (auto stored = std::exchange(stored_, std::nullopt)) { // its frame
         stop_ = std::move(stored);

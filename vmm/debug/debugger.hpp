@@ -247,6 +247,7 @@ class Debugger {
 
     [[nodiscard]] std::uint64_t watched_bytes() const;
     void instruction_ended(bool retired);
+    void entered_interrupt(const ReturnTo& interrupted);
     void abandon_instruction();
     void put_back();
     bool set_patches();
@@ -287,6 +288,7 @@ class Debugger {
     bool guard_open_ = false;
     StepKind kind_{};
     std::optional<GuestVirt> resumed_at_; ///< a breakpoint here has been told
+    std::optional<ReturnTo> told_;        ///< the same, when the handler that came between returns to here
     std::vector<Candidate> accesses_;     ///< one of them is told when the instruction is done
     std::optional<Stop> stored_;          ///< one that umbra has made already, for the guest
     /// The step goes on, or ends, when the interrupt's handler returns to here.

@@ -25,11 +25,16 @@ ZydisMachineMode machine_mode(CodeMode mode) {
     __builtin_unreachable();
 }
 
-std::optional<Decoded> decode(std::span<const std::byte> code, CodeMode mode) {
+ZydisStackWidth stack_width(CodeMode mode, bool wide_stack) {
+    if (mode == CodeMode::bits_64)
+        return ZYDIS_STACK_WIDTH_64;
+    return wide_stack ? ZYDIS_STACK_WIDTH_32 : ZYDIS_STACK_WIDTH_16;
+}
+
+/// `wide_stack`: SS.B, which outside 64-bit mode tells SP from ESP, whatever code runs.
+std::optional<Decoded> decode(std::span<const std::byte> code, CodeMode mode, bool wide_stack) {
     ZydisDecoder decoder;
-    const ZydisStackWidth stack = mode == CodeMode::bits_64   ? ZYDIS_STACK_WIDTH_64
-                                  : mode == CodeMode::bits_32 ? ZYDIS_STACK_WIDTH_32
-                                                              : ZYDIS_STACK_WIDTH_16;
+    const ZydisStackWidth stack = stack_width(mode, wide_stack);
     Decoded decoded{};
     if (code.empty() || !ZYAN_SUCCESS(ZydisDecoderInit(&decoder, machine_mode(mode), stack)) ||
         !ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, code.data(), code.size(), &decoded.instruction,
@@ -86,8 +91,16 @@ bool pushes(const ZydisDecodedInstruction& instruction) {
     case ZYDIS_CATEGORY_CALL:
         return true;
     default: // of more than a hundred
-        return false;
+        return instruction.mnemonic == ZYDIS_MNEMONIC_ENTER;
     }
+}
+
+/// An implied operand on the stack, whose address has the stack's width and not the instruction's. LEAVE
+/// finds it by RBP, which it makes the stack pointer first.
+bool on_stack(const ZydisDecodedInstruction& instruction, const ZydisDecodedOperand& operand) {
+    return operand.visibility == ZYDIS_OPERAND_VISIBILITY_HIDDEN &&
+           (operand.mem.base == ZYDIS_REGISTER_RSP || operand.mem.base == ZYDIS_REGISTER_ESP ||
+            operand.mem.base == ZYDIS_REGISTER_SP || instruction.mnemonic == ZYDIS_MNEMONIC_LEAVE);
 }
 
 /// BT, BTS, BTR, BTC with a register: the bit may lie anywhere around the operand (Intel SDM vol. 2A, BT).
@@ -124,9 +137,41 @@ bool accesses_nothing(ZydisMnemonic mnemonic, ZydisInstructionCategory category)
     case ZYDIS_MNEMONIC_CLWB:
     case ZYDIS_MNEMONIC_CLDEMOTE:
     case ZYDIS_MNEMONIC_MONITOR:
+    case ZYDIS_MNEMONIC_PREFETCHWT1:
         return true;
     default: // of more than a thousand
         return category == ZYDIS_CATEGORY_PREFETCH || category == ZYDIS_CATEGORY_WIDENOP;
+    }
+}
+
+/// Instructions whose bytes are not theirs to tell: registers, memory or the CPU decide on how many or which.
+bool untold(const Decoded& decoded, CodeMode mode) {
+    const ZydisDecodedInstruction& instruction = decoded.instruction;
+    switch (instruction.meta.category) {
+    case ZYDIS_CATEGORY_XSAVE:
+    case ZYDIS_CATEGORY_XSAVEOPT:
+        return true;
+    default: // of more than a hundred
+        break;
+    }
+    switch (instruction.mnemonic) {
+    case ZYDIS_MNEMONIC_ENTER: // reads and writes whole frames of outer procedures, if there are any
+        return (decoded.operands[1].imm.value.u & 0x1f) != 0;
+    case ZYDIS_MNEMONIC_IRET: // pops more if it leads to an outer privilege level
+    case ZYDIS_MNEMONIC_IRETD:
+        return mode != CodeMode::bits_64;
+    case ZYDIS_MNEMONIC_CLZERO: // a cache line
+    case ZYDIS_MNEMONIC_MASKMOVQ:
+    case ZYDIS_MNEMONIC_MASKMOVDQU:
+    case ZYDIS_MNEMONIC_VMASKMOVDQU:
+    case ZYDIS_MNEMONIC_VMASKMOVPS:
+    case ZYDIS_MNEMONIC_VMASKMOVPD:
+    case ZYDIS_MNEMONIC_VPMASKMOVD:
+    case ZYDIS_MNEMONIC_VPMASKMOVQ:
+        return true;
+    default: // of more than a thousand
+        return instruction.avx.mask.reg != ZYDIS_REGISTER_NONE &&
+               instruction.avx.mask.reg != ZYDIS_REGISTER_K0;
     }
 }
 
@@ -149,7 +194,7 @@ CodeMode code_mode(const VirtualCpu& cpu) {
 std::optional<std::vector<MemoryAccess>> memory_accesses(const VirtualCpu& cpu,
                                                          std::span<const std::byte> code) {
     const CodeMode mode = code_mode(cpu);
-    const auto decoded = decode(code, mode);
+    const auto decoded = decode(code, mode, cpu.ss.default_32);
     if (!decoded)
         return std::nullopt;
     const ZydisDecodedInstruction& instruction = decoded->instruction;
@@ -157,7 +202,7 @@ std::optional<std::vector<MemoryAccess>> memory_accesses(const VirtualCpu& cpu,
     if (accesses_nothing(instruction.mnemonic, instruction.meta.category) ||
         repeats_no_more(cpu, instruction))
         return accesses;
-    if (instruction.mnemonic == ZYDIS_MNEMONIC_ENTER) // reads and writes whole frames of outer procedures
+    if (untold(*decoded, mode))
         return std::nullopt;
     const bool mode64 = mode == CodeMode::bits_64;
     const std::uint64_t next_rip = cpu.rip + instruction.length;
@@ -176,17 +221,19 @@ std::optional<std::vector<MemoryAccess>> memory_accesses(const VirtualCpu& cpu,
         std::uint64_t offset = *base + *index * std::max<std::uint64_t>(operand.mem.scale, 1);
         if (operand.mem.disp.has_displacement)
             offset += static_cast<std::uint64_t>(operand.mem.disp.value);
-        const bool stack = operand.mem.base == ZYDIS_REGISTER_RSP || operand.mem.base == ZYDIS_REGISTER_ESP ||
-                           operand.mem.base == ZYDIS_REGISTER_SP;
-        const bool implied = operand.visibility == ZYDIS_OPERAND_VISIBILITY_HIDDEN;
-        if (implied && stack && write && pushes(instruction))
+        const bool stack = on_stack(instruction, operand);
+        if (stack && write && pushes(instruction))
             offset -= size;
         // POP computes the address of its operand after it has moved RSP (Intel SDM vol. 2B, POP).
-        if (!implied && stack && instruction.meta.category == ZYDIS_CATEGORY_POP)
+        const bool by_stack_pointer =
+            operand.mem.base == ZYDIS_REGISTER_RSP || operand.mem.base == ZYDIS_REGISTER_ESP;
+        if (!stack && by_stack_pointer && instruction.meta.category == ZYDIS_CATEGORY_POP)
             offset += size;
+        if (instruction.mnemonic == ZYDIS_MNEMONIC_XLAT) // Zydis names no index
+            offset += cpu[Gpr::rax] & 0xff;
         if (const auto bits = bit_displacement(cpu, *decoded))
             offset += static_cast<std::uint64_t>(*bits);
-        offset &= mask_of(implied && stack ? instruction.stack_width : instruction.address_width);
+        offset &= mask_of(stack ? instruction.stack_width : instruction.address_width);
         std::uint64_t linear = base_of(cpu, operand.mem.segment, mode64) + offset;
         if (!mode64)
             linear &= mask_of(32);
@@ -196,7 +243,7 @@ std::optional<std::vector<MemoryAccess>> memory_accesses(const VirtualCpu& cpu,
 }
 
 StepKind step_kind(std::span<const std::byte> code, CodeMode mode) {
-    const auto decoded = decode(code, mode);
+    const auto decoded = decode(code, mode, mode != CodeMode::bits_16);
     if (!decoded)
         return StepKind::plain;
     switch (decoded->instruction.mnemonic) {

@@ -30,8 +30,9 @@ struct MemoryAccess {
 
 /// All data accesses of the instruction at RIP, whose bytes begin `code`, with the registers of `cpu` before
 /// it; of a repeated string instruction those of the next iteration. Descriptor tables and the frames of
-/// interrupts are no operands. Nothing if that cannot be told: code that cannot be decoded, gathers, XSAVE
-/// and its kin, whose size is the CPU's.
+/// interrupts are no operands. Nothing if that cannot be told: code that cannot be decoded, gathers, moves
+/// under a mask, XSAVE and its kin, whose size is the CPU's, ENTER into an inner procedure, and IRET outside
+/// 64-bit mode.
 [[nodiscard]] std::optional<std::vector<MemoryAccess>> memory_accesses(const VirtualCpu& cpu,
                                                                        std::span<const std::byte> code);
 
