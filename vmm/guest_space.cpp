@@ -55,7 +55,7 @@ std::optional<Exception> GuestSpace::write(GuestVirt at, std::span<const std::by
                 return;
             std::memcpy(bytes.data(), from.data() + offset, length);
             if (observer_ != nullptr)
-                observer_->stored(address, length);
+                observer_->stored(address, at + offset, length);
         });
 }
 

@@ -21,8 +21,8 @@ class StoreObserver {
     StoreObserver& operator=(const StoreObserver&) = delete;
     StoreObserver& operator=(StoreObserver&&) = delete;
 
-    /// `size` bytes of RAM at `at` have been written: 1 or more, all in one page.
-    virtual void stored(GuestPhys at, std::size_t size) = 0;
+    /// `size` bytes of RAM at `at` have been written, by this linear address: 1 or more, all in one page.
+    virtual void stored(GuestPhys at, GuestVirt linear, std::size_t size) = 0;
 
   protected:
     ~StoreObserver() = default;

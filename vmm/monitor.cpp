@@ -146,18 +146,21 @@ void Monitor::enter() {
     const bool sleeping = cpu_.halted && state.debt.none(); // with a debt: wakes at once, as a CPU may
     const std::uint64_t flags = cpu_.rflags, rip = cpu_.rip;
     single_step_ = table_write_.has_value();
+    interrupts_held_ = false;
     if (debugger_ && debugger_->prepare_entry()) {
         single_step_ = true;
         if (native_access_) { // is the step: the guest gets no further
             after_access_ = rip;
             cpu_.rip = switcher_.unreachable().value();
             single_step_ = false;
-        } else if (debugger_->holds_interrupts() && !sleeping) {
-            machine_.vcpu().set_interrupt_shadow(true);
+        } else {
+            interrupts_held_ = debugger_->holds_interrupts() && !sleeping;
         }
     }
     if (single_step_)
         cpu_.rflags |= rflags::trap;
+    if (interrupts_held_)
+        cpu_.rflags &= ~rflags::interrupt;
     switcher_.enter(cpu_, state.root, state.debt, pool_, std::exchange(native_access_, std::nullopt));
     state.debt.paid();
     cpu_.rflags = flags;
@@ -176,10 +179,10 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     const bool trapped = reason == ExitReason::port && in_ring0 && vcpu.port_exit().port == TRAP_PORT;
     Trap trap;
     if (trapped || !in_ring0) {
-        const std::uint64_t own_trap_flag = cpu_.rflags & rflags::trap;
+        const std::uint64_t own_flags = cpu_.rflags;
         trap = switcher_.leave(cpu_);
         if (single_step_)
-            take_back_trap_flag(trap, own_trap_flag);
+            take_back_flags(trap, own_flags);
         if (after_access_)
             cpu_.rip = *after_access_;
         trap_.rip = GuestVirt(cpu_.rip);
@@ -239,13 +242,15 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
 }
 
 /// The machine was entered with EFLAGS.TF for one instruction, of which the guest must not learn.
-void Monitor::take_back_trap_flag(const Trap& trap, std::uint64_t own) {
+void Monitor::take_back_flags(const Trap& trap, std::uint64_t own) {
     const bool done =
         trap.kind == Trap::Kind::vector && trap.vector == static_cast<std::uint8_t>(Vector::debug);
+    const std::uint64_t changed = rflags::trap | (interrupts_held_ ? rflags::interrupt : 0);
+    const auto taken_back = [&](std::uint64_t flags) { return (flags & ~changed) | (own & changed); };
     cpu_.rflags =
-        debugger_ ? debugger_->flags_after_step(cpu_.rflags, own, done) : (cpu_.rflags & ~rflags::trap) | own;
+        debugger_ ? debugger_->flags_after_step(cpu_.rflags, own, changed, done) : taken_back(cpu_.rflags);
     if (trap.kind == Trap::Kind::syscall)
-        cpu_[Gpr::r11] = (cpu_[Gpr::r11] & ~rflags::trap) | own;
+        cpu_[Gpr::r11] = taken_back(cpu_[Gpr::r11]);
 }
 
 /// At the end of an exit: the guest stops here if the debugger wants it, and it can. A guest that cannot go
@@ -348,6 +353,7 @@ Monitor::Step Monitor::handle_trap(const Trap& trap) {
             debugger_->stepped();
         if ((cpu_.rflags & rflags::trap) == 0) { // otherwise it is the guest's own as well
             trap_.reason = TrapReason::exception;
+            trap_.vector = trap.vector;
             trap_.action = TrapAction::attend;
             return std::nullopt;
         }
@@ -358,6 +364,7 @@ Monitor::Step Monitor::handle_trap(const Trap& trap) {
                       trap.vector == static_cast<std::uint8_t>(Vector::invalid_opcode);
     if (debugger_ && int3 && debugger_->breakpoint_trap(trap.vector)) {
         trap_.reason = TrapReason::exception;
+        trap_.vector = trap.vector;
         trap_.action = TrapAction::attend;
         return std::nullopt;
     }
@@ -439,12 +446,12 @@ void Monitor::finish_table_write() {
 }
 
 /// umbra's own stores for the guest: by instructions that it emulates, and event frames.
-void Monitor::stored(GuestPhys at, std::size_t size) {
+void Monitor::stored(GuestPhys at, GuestVirt linear, std::size_t size) {
     const std::vector<TableWrite> writes = tables_.wrote(at, size);
     if (checks_ != nullptr && !writes.empty())
         checks_->table_written(writes, origin());
     if (debugger_)
-        debugger_->stored(at, size);
+        debugger_->stored(at, linear, size);
 }
 
 /// Whether the guest's GDT has its programs' code at a selector that is valid in the host's GDT, so that

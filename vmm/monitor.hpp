@@ -43,7 +43,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     Step deliver_event(const Event& event, TrapReason reason);
     Step finish_user_entry();
     Step complete_event(const Event& event);
-    void take_back_trap_flag(const Trap& trap, std::uint64_t own);
+    void take_back_flags(const Trap& trap, std::uint64_t own);
     Step attend_debugger(RunControl& control, const Step& verdict, bool stoppable, bool& entered);
     Step stand_still(RunControl& control);
     Step serve_stop(RunControl& control);
@@ -72,7 +72,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     unsigned physical_bits() override { return features_.physical_bits; }
     std::uint64_t cr4_allowed() override { return features_.cr4; }
 
-    void stored(GuestPhys at, std::size_t size) override;
+    void stored(GuestPhys at, GuestVirt linear, std::size_t size) override;
 
     [[nodiscard]] GuestSpace space() { return {machine_.memory(), paging(), this}; }
 
@@ -92,6 +92,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     std::optional<Debugger> debugger_;
     std::optional<Event> held_event_; ///< caught by the debugger, to be delivered when the guest goes on
     bool single_step_ = false;        ///< the guest was entered for one instruction
+    bool interrupts_held_ = false;    ///< and for that, without EFLAGS.IF
     bool was_halted_ = false;         ///< when the trap came
     /// RIP while the machine makes a port access that is a step of its own: it goes nowhere from there.
     std::optional<std::uint64_t> after_access_;

@@ -270,7 +270,8 @@ constexpr unsigned register_rdi = 5, register_rip = 16;
 constexpr std::string_view no_levels_left = "0000000000000000"; ///< RDI
 
 /// The breakpoint's place is a function that calls itself so many times, its argument counting down to 0.
-constexpr unsigned false_hits = 500;
+/// Few, so that most samples are done before another process gets the CPU.
+constexpr unsigned false_hits = 50;
 
 struct BreakpointTimes {
     std::vector<double> by_umbra, by_client; ///< of a hit
@@ -293,7 +294,7 @@ std::string register_value(std::uint64_t value) {
 constexpr std::string_view condition = ";X7,26000522001327";
 
 BreakpointTimes time_conditions() {
-    constexpr unsigned samples = 15;
+    constexpr unsigned samples = 100;
     const GuestVirt idle = function_of(guest_file("debug"), "idle"),
                     depth = function_of(guest_file("debug"), "depth");
     DebuggedGuest guest("debug", {"idle"});

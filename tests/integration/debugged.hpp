@@ -10,7 +10,8 @@
 
 namespace umbra {
 
-/// `umbra run --gdb` of a shipped guest, or of a kernel's file if it is an absolute path. What umbra itself says is among what the guest writes.
+/// `umbra run --gdb` of a shipped guest, or of a kernel's file if it is an absolute path. What umbra itself
+/// says is among what the guest writes.
 class Debugged {
   public:
     struct Setup {
@@ -43,8 +44,8 @@ struct Exchange {
     std::string answer;
 };
 
-/// gdb in batch mode. It connects to the guest, has the symbols of `kernel`, if there is one, and is given one command after the
-/// other.
+/// gdb in batch mode. It connects to the guest, has the symbols of `kernel`, if there is one, and is given
+/// one command after the other.
 class Gdb {
   public:
     Gdb(Debugged& guest, const std::string& kernel, std::vector<Exchange> session);

@@ -331,11 +331,17 @@ TEST_F(GdbTest, CodeIsChangedByVisibleBreakpointsOnly) {
 
 // --- Watchpoints
 
+/// Guards make each instruction that touches the stack's page two traps. Under emulation the timer's handler
+/// then takes longer than its period, and the guest gets nowhere.
+std::vector<std::string> interruptions() {
+    return emulated_host() ? std::vector<std::string>{} : std::vector<std::string>{"ticks"};
+}
+
 /// Continues until finished() is reached, quickly.
 const std::string to_the_end = "while $rip != (void (*)())&finished\n  continue\nend\n";
 
 TEST_F(GdbTest, WatchpointsAreExact) {
-    Debugged guest("debug", {.words = {"ticks"}});
+    Debugged guest("debug", {.words = interruptions()});
     run_gdb(guest, "debug",
             {
                 {"break finished", "^Breakpoint 1 at "},
@@ -366,7 +372,7 @@ TEST_F(GdbTest, WatchpointsAreExact) {
 }
 
 TEST_F(GdbTest, WatchpointsOfReads) {
-    Debugged guest("debug", {.words = {"ticks"}});
+    Debugged guest("debug", {.words = interruptions()});
     run_gdb(guest, "debug",
             {
                 {"break finished", "^Breakpoint 1 at "},
@@ -386,7 +392,7 @@ TEST_F(GdbTest, WatchpointsOfReads) {
 
 TEST_F(GdbTest, WatchpointsTellTheHistory) {
     if (!emulated_host()) { // where 639 stops take minutes
-        Debugged guest("debug", {.words = {"ticks"}});
+        Debugged guest("debug", {.words = interruptions()});
         run_gdb(guest, "debug",
                 {
                     {"break finished", "^Breakpoint 1 at "},
@@ -399,7 +405,7 @@ TEST_F(GdbTest, WatchpointsTellTheHistory) {
         guest.expect_pass();
     }
 
-    Debugged other("debug", {.words = {"ticks"}});
+    Debugged other("debug", {.words = interruptions()});
     run_gdb(other, "debug",
             {
                 {"break finished", "^Breakpoint 1 at "},
@@ -413,7 +419,7 @@ TEST_F(GdbTest, WatchpointsTellTheHistory) {
 }
 
 TEST_F(GdbTest, WatchpointsOnTheStackAndInOneAddressSpace) {
-    Debugged guest("debug", {.words = {"ticks"}});
+    Debugged guest("debug", {.words = interruptions()});
     run_gdb(guest, "debug",
             {
                 {"break triangle", "^Breakpoint 1 at "},
@@ -632,7 +638,7 @@ TEST_F(GdbTest, ConnectsToRunningGuestsAgainAndAgain) {
     for (int i = 0; i < 3; ++i)
         run_gdb(guest, "debug",
                 {
-                    {"bt -2", "kernel_main"},
+                    {"bt -2", "kernel_main|trap_entry"},
                     {"break idle", "^Breakpoint 1 at "},
                     {"continue", R"(^Breakpoint 1, idle \(\))"},
                     {"detach", "detached"},

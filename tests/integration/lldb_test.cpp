@@ -20,6 +20,8 @@ class LldbTest : public KvmTest {
   protected:
     void SetUp() override {
         KvmTest::SetUp();
+        if (emulated_host())
+            GTEST_SKIP() << "LLDB's libraries are too large for the nested machine";
         if (!IsSkipped() && !HasFatalFailure() && lldb_file().empty())
             UMBRA_MISSING("lldb is not installed");
     }

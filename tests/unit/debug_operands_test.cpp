@@ -33,11 +33,11 @@ constexpr std::uint64_t low_half_of(Gpr reg) {
 constexpr std::uint64_t value_of(Gpr reg) {
     return low_half_of(reg) << 16 | low_half_of(reg);
 }
-constexpr std::uint64_t rax = value_of(Gpr::rax), rcx = value_of(Gpr::rcx), rbx = value_of(Gpr::rbx),
-                        rsp = value_of(Gpr::rsp), rbp = value_of(Gpr::rbp), rsi = value_of(Gpr::rsi),
-                        rdi = value_of(Gpr::rdi), r13 = value_of(Gpr::r13), r14 = value_of(Gpr::r14);
-constexpr std::uint64_t eax = low_half_of(Gpr::rax), ebx = low_half_of(Gpr::rbx), esp = low_half_of(Gpr::rsp),
-                        ebp = low_half_of(Gpr::rbp), esi = low_half_of(Gpr::rsi), edi = low_half_of(Gpr::rdi);
+constexpr std::uint64_t rcx = value_of(Gpr::rcx), rbx = value_of(Gpr::rbx), rsp = value_of(Gpr::rsp),
+                        rbp = value_of(Gpr::rbp), rsi = value_of(Gpr::rsi), rdi = value_of(Gpr::rdi),
+                        r13 = value_of(Gpr::r13), r14 = value_of(Gpr::r14);
+constexpr std::uint64_t ebx = low_half_of(Gpr::rbx), esp = low_half_of(Gpr::rsp), ebp = low_half_of(Gpr::rbp),
+                        esi = low_half_of(Gpr::rsi), edi = low_half_of(Gpr::rdi);
 
 VirtualCpu cpu_of(CodeMode mode) {
     VirtualCpu cpu;

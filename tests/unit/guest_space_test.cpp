@@ -15,7 +15,9 @@ using namespace test;
 
 class Recorder final : public StoreObserver {
   public:
-    void stored(GuestPhys at, std::size_t size) override { stores.emplace_back(at, size); }
+    void stored(GuestPhys at, GuestVirt /*linear*/, std::size_t size) override {
+        stores.emplace_back(at, size);
+    }
     std::vector<std::pair<GuestPhys, std::size_t>> stores;
 };
 using Stores = decltype(Recorder::stores);

@@ -576,6 +576,7 @@ TEST_P(MmuGuard, TheSameGuardsForgetNothing) {
 TEST_P(MmuGuard, OfAnotherVcpuHoldsForAll) {
     const GuestFrame frame = m.map_new(at);
     EXPECT_EQ(m.write(at), mapped(frame));
+    m.mmu.left(); // set_guards waits for that
     Mmu other(m.tables, 1);
     other.set_guards(Wanted{.pages = {{at, no_writes}}});
     m.enter();

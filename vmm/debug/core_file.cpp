@@ -1,17 +1,21 @@
 #include "vmm/debug/core_file.hpp"
 
 #include "vmm/debug/mapped_ranges.hpp"
-#include "vmm/kvm/file.hpp"
 
 #include <elf.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/procfs.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <csignal>
+#include <cstdlib>
 #include <cstring>
+#include <ctime>
+#include <utility>
 #include <vector>
 
 #include <spdlog/spdlog.h>
@@ -61,12 +65,74 @@ std::vector<std::byte> notes_of(const VirtualCpu& cpu, const ExtendedState* exte
     return notes;
 }
 
+/// Where the thread may not write more to a file (RLIMIT_FSIZE), it is told by EFBIG alone while this exists.
+class SizeLimitIsAnError {
+  public:
+    SizeLimitIsAnError() {
+        sigemptyset(&signal_);
+        sigaddset(&signal_, SIGXFSZ);
+        pthread_sigmask(SIG_BLOCK, &signal_, &before_);
+    }
+    ~SizeLimitIsAnError() {
+        constexpr timespec at_once{};
+        if (sigismember(&before_, SIGXFSZ) != 0)
+            return;
+        while (sigtimedwait(&signal_, nullptr, &at_once) > 0) {
+        }
+        pthread_sigmask(SIG_SETMASK, &before_, nullptr);
+    }
+    SizeLimitIsAnError(const SizeLimitIsAnError&) = delete;
+    SizeLimitIsAnError& operator=(const SizeLimitIsAnError&) = delete;
+    SizeLimitIsAnError(SizeLimitIsAnError&&) = delete;
+    SizeLimitIsAnError& operator=(SizeLimitIsAnError&&) = delete;
+
+  private:
+    sigset_t signal_{}, before_{};
+};
+
+/// A file that is there for its readers when it is whole, and leaves nothing behind otherwise. Its members
+/// set errno when they fail.
+class NewFile {
+  public:
+    /// Only the user may read it.
+    explicit NewFile(const std::string& path)
+        : path_(path), name_(path + ".XXXXXX"), fd_(::mkostemp(name_.data(), O_CLOEXEC)), made_(fd_ >= 0) {}
+    ~NewFile() {
+        if (fd_ >= 0)
+            ::close(fd_);
+        if (made_)
+            (void)::unlink(name_.c_str());
+    }
+    NewFile(const NewFile&) = delete;
+    NewFile& operator=(const NewFile&) = delete;
+    NewFile(NewFile&&) = delete;
+    NewFile& operator=(NewFile&&) = delete;
+
+    [[nodiscard]] bool made() const { return made_; }
+    [[nodiscard]] int get() const { return fd_; }
+    /// Takes the place of what `path` was. Some file systems tell only by close() that a write has failed.
+    [[nodiscard]] bool publish() {
+        if (::close(std::exchange(fd_, -1)) != 0 || ::rename(name_.c_str(), path_.c_str()) != 0)
+            return false;
+        made_ = false;
+        return true;
+    }
+
+  private:
+    std::string path_;
+    std::string name_; ///< until then, in the same folder
+    int fd_;
+    bool made_;
+};
+
 bool write_at(int file, const void* data, std::size_t size, std::uint64_t offset) {
     const auto* bytes = static_cast<const std::byte*>(data);
     while (size != 0) {
         const ssize_t done = ::pwrite(file, bytes, size, static_cast<off_t>(offset));
         if (done < 0 && errno == EINTR)
             continue;
+        if (done == 0)
+            errno = EIO;
         if (done <= 0)
             return false;
         bytes += done, offset += static_cast<std::uint64_t>(done), size -= static_cast<std::size_t>(done);
@@ -130,8 +196,9 @@ std::optional<std::string> write_core(const std::string& path, const VirtualCpu&
     struct stat info {};
     if (::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode))
         return "it is not a regular file";
-    const File file(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));
-    if (file.get() < 0)
+    const SizeLimitIsAnError no_signal;
+    NewFile file(path);
+    if (!file.made())
         return std::strerror(errno);
     bool good = write_at(file.get(), &elf, sizeof(elf), 0) &&
                 write_at(file.get(), headers.data(), headers.size() * sizeof(Elf64_Phdr), sizeof(elf)) &&
@@ -141,11 +208,9 @@ std::optional<std::string> write_core(const std::string& path, const VirtualCpu&
         good = good && write_pages(file.get(), region.bytes, offset);
         offset += region.bytes.size();
     }
-    if (!good || ::ftruncate(file.get(), static_cast<off_t>(offset)) != 0) { // the last pages may be holes
-        const std::string reason = std::strerror(errno);
-        (void)::unlink(path.c_str());
-        return reason;
-    }
+    // The last pages may be holes.
+    if (!good || ::ftruncate(file.get(), static_cast<off_t>(offset)) != 0 || !file.publish())
+        return std::strerror(errno);
     if (truncated)
         spdlog::warn("the guest maps more than a core file can list: '{}' lacks some virtual addresses",
                      path);

@@ -18,8 +18,9 @@ namespace umbra {
 /// Not canonical.
 inline constexpr GuestVirt physical_window{0x4000'0000'0000'0000};
 
-/// Replaces the regular file `path`. `extended`: may be null. What went wrong, if anything did: no file is
-/// left then. Ranges beyond RangeLimits are left out with a warning in the log.
+/// Replaces the regular file `path` when all is written; only the user may read it. `extended`: may be null.
+/// What went wrong, if anything did, in a line without its end: `path` is as it was then, and nothing else is
+/// left. Ranges beyond RangeLimits are left out with a warning in the log.
 [[nodiscard]] std::optional<std::string> write_core(const std::string& path, const VirtualCpu& cpu,
                                                     const ExtendedState* extended, const GuestMemory& memory,
                                                     const GuestPaging& paging);

@@ -33,6 +33,14 @@ Stop accessed(WatchKind kind, GuestVirt at) {
     return {.kind = Stop::Kind::watchpoint, .watch = kind, .address = at};
 }
 
+Stop accessed(WatchKind kind, GuestPhys watched, GuestVirt at) {
+    return {.kind = Stop::Kind::watchpoint,
+            .watch = kind,
+            .address = at,
+            .physical = true,
+            .text = fmt::format("the watchpoint on physical address {} was met, at {}", watched, at)};
+}
+
 /// What an agent expression may see.
 class Registers final : public AgentContext {
   public:
@@ -323,9 +331,10 @@ bool Debugger::set_patches() {
 
 void Debugger::set_guards() {
     Guards guards;
-    auto& [frames, pages, executable] = guards;
-    const auto guard_page = [&pages](GuestVirt page, const Guard& guard) {
-        pages[page] = pages[page] | guard;
+    auto& frames = guards.frames;
+    auto& executable = guards.executable;
+    const auto guard_page = [&guards](GuestVirt page, const Guard& guard) {
+        guards.pages[page] = guards.pages[page] | guard;
     };
     // What the guest writes around an int3 must not be lost when it goes.
     for (const auto& [place, patch] : patches_)
@@ -457,11 +466,11 @@ bool Debugger::breakpoint_trap(std::uint8_t vector) {
 
 /// An access by the instruction under way.
 void Debugger::check_access(GuestVirt at, std::uint64_t size, bool read, bool write) {
-    const auto add = [&](const Watch& watch, GuestVirt first, std::uint64_t count) {
-        Candidate candidate{accessed(watch.kind, first), {}};
+    const auto add = [&](Stop stop, std::uint64_t count) {
+        Candidate candidate{std::move(stop), {}};
         if (write) {
             candidate.before.resize(count);
-            candidate.before.resize(this->read(first, candidate.before));
+            candidate.before.resize(this->read(candidate.stop.address, candidate.before));
         }
         accesses_.push_back(std::move(candidate));
     };
@@ -472,12 +481,12 @@ void Debugger::check_access(GuestVirt at, std::uint64_t size, bool read, bool wr
             if (!overlap(at.value(), size, watch.at.value(), watch.size) || !counts_here(watch.at))
                 continue;
             const GuestVirt first = at - watch.at < watch.size ? at : watch.at;
-            add(watch, first, std::min(size - (first - at), watch.size - (first - watch.at)));
+            add(accessed(watch.kind, first), std::min(size - (first - at), watch.size - (first - watch.at)));
             continue;
         }
         for_each_piece(at, size, [&](GuestPhys physical, auto ram, std::size_t offset) {
             if (overlap(physical.value(), ram.size(), watch.physical->value(), watch.size))
-                add(watch, at + offset, ram.size());
+                add(accessed(watch.kind, *watch.physical, at + offset), ram.size());
         });
     }
 }
@@ -536,7 +545,7 @@ void Debugger::guarded(GuestVirt at, Access access) {
     guard_open_ = true;
 }
 
-void Debugger::stored(GuestPhys at, std::size_t size) {
+void Debugger::stored(GuestPhys at, GuestVirt linear, std::size_t size) {
     for (auto patch = patches_.lower_bound(at); patch != patches_.end() && patch->first - at < size;
          ++patch) {
         if (patch->second.lifted)
@@ -550,35 +559,34 @@ void Debugger::stored(GuestPhys at, std::size_t size) {
             continue;
         if (watch.physical) {
             if (overlap(at.value(), size, watch.physical->value(), watch.size))
-                stored_ = accessed(watch.kind, GuestVirt(std::max(at, *watch.physical).value()));
-            continue;
+                stored_ = accessed(watch.kind, *watch.physical, linear);
+        } else if (overlap(linear.value(), size, watch.at.value(), watch.size) && counts_here(watch.at)) {
+            stored_ = accessed(watch.kind, linear - watch.at < watch.size ? linear : watch.at);
         }
-        if (!counts_here(watch.at))
-            continue;
-        for_each_piece(watch.at, watch.size, [&](GuestPhys physical, auto ram, std::size_t offset) {
-            if (overlap(physical.value(), ram.size(), at.value(), size))
-                stored_ = accessed(watch.kind, watch.at + offset);
-        });
     }
 }
 
 void Debugger::stepped() {
     VirtualCpu& cpu = target_.cpu;
-    if (kind_ == StepKind::pushes_flags) { // it has pushed the flag that was umbra's
+    if (kind_ == StepKind::pushes_flags) { // it has pushed the flags that were umbra's
         std::array<std::byte, 2> pushed{};
         const GuestVirt top(cpu[Gpr::rsp]);
-        if (read(top, pushed) == pushed.size() && (cpu.rflags & rflags::trap) == 0) {
-            pushed[1] &= ~static_cast<std::byte>(rflags::trap >> 8);
+        constexpr auto changed = static_cast<std::byte>((rflags::trap | rflags::interrupt) >> 8);
+        if (read(top, pushed) == pushed.size()) {
+            pushed[1] = (pushed[1] & ~changed) | (static_cast<std::byte>(cpu.rflags >> 8) & changed);
             (void)write(top, pushed);
         }
     }
     instruction_ended(true);
 }
 
-std::uint64_t Debugger::flags_after_step(std::uint64_t flags, std::uint64_t own, bool done) const {
+std::uint64_t Debugger::flags_after_step(std::uint64_t flags, std::uint64_t own, std::uint64_t changed,
+                                         bool done) const {
     if (done && kind_ == StepKind::pops_flags)
         return flags;
-    return (flags & ~rflags::trap) | (own & rflags::trap);
+    if (done && kind_ == StepKind::sets_interrupts)
+        changed &= ~rflags::interrupt;
+    return (flags & ~changed) | (own & changed);
 }
 
 void Debugger::instruction_ended(bool retired) {

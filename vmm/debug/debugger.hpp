@@ -48,6 +48,7 @@ struct Stop {
     BreakpointKind breakpoint{};
     WatchKind watch{};
     GuestVirt address{};                  ///< watchpoints: of the first byte accessed that is watched
+    bool physical = false;                ///< watchpoints: by physical address, which the text names
     std::optional<std::uint8_t> vector{}; ///< events that are exceptions or interrupts
     std::string text{};                   ///< one line for the user; may be empty
 };
@@ -189,8 +190,9 @@ class Debugger {
     void apply();
     /// Before each entry. True: the guest is to run for one instruction.
     [[nodiscard]] bool prepare_entry();
-    /// The guest is to take no interrupt with this instruction.
-    [[nodiscard]] bool holds_interrupts() const { return !step_interrupts_; }
+    /// The guest is to take no interrupt with this instruction: where each instruction of a handler takes
+    /// longer than a tick of the timer, the interrupted one would never be executed.
+    [[nodiscard]] bool holds_interrupts() const { return !step_interrupts_ || stepping_over_ || guard_open_; }
 
     /// #BP, or the #GP or #UD that comes in its place: whether it is ours. The guest does not learn of it.
     [[nodiscard]] bool breakpoint_trap(std::uint8_t vector);
@@ -215,13 +217,14 @@ class Debugger {
     [[nodiscard]] bool catches_event(const Event& event);
     /// The same for the privileged instruction at RIP; it traps again afterwards.
     [[nodiscard]] bool catches_instruction();
-    /// umbra has written to guest memory.
-    void stored(GuestPhys at, std::size_t size);
+    /// umbra has written to guest memory, for the guest: StoreObserver.
+    void stored(GuestPhys at, GuestVirt linear, std::size_t size);
     /// The event that was caught is not to be delivered.
     [[nodiscard]] bool drops_event() const { return resume_.drop_event; }
-    /// The guest's RFLAGS after an entry for one instruction, of which the machine's are left. `own`: before
-    /// it. `done`: by #DB.
-    [[nodiscard]] std::uint64_t flags_after_step(std::uint64_t flags, std::uint64_t own, bool done) const;
+    /// The guest's RFLAGS after an entry for one instruction, which left the machine with `flags`: those of
+    /// `changed` were umbra's, and the guest's are in `own`. `done`: by #DB.
+    [[nodiscard]] std::uint64_t flags_after_step(std::uint64_t flags, std::uint64_t own,
+                                                 std::uint64_t changed, bool done) const;
 
   private:
     struct Watch {

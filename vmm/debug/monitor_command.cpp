@@ -100,13 +100,34 @@ std::size_t distance(std::string_view from, std::string_view to) {
     return row.back();
 }
 
-std::string unknown(std::string_view name) {
-    constexpr std::size_t near = 2;
-    for (const MonitorCommandInfo& info : commands) {
-        if (distance(name, info.name) <= near)
-            return fmt::format("'{}' is no command of umbra's; did you mean {}?\n", name, info.name);
+/// What to say of a name that has none, or several, of `candidates`.
+std::string not_one(std::string_view name, std::span<const MonitorCommandInfo* const> found) {
+    if (!found.empty()) {
+        std::vector<std::string_view> names;
+        for (const MonitorCommandInfo* info : found)
+            names.push_back(info->name);
+        return fmt::format("'{}' could be {}\n", name, fmt::join(names, ", "));
     }
+    constexpr std::size_t near = 2;
+    const auto away = [name](const MonitorCommandInfo& info) { return distance(name, info.name); };
+    const MonitorCommandInfo& nearest = *std::ranges::min_element(commands, {}, away);
+    if (away(nearest) <= near && away(nearest) < std::min(name.size(), nearest.name.size()))
+        return fmt::format("'{}' is no command of umbra's; did you mean {}?\n", name, nearest.name);
     return fmt::format("'{}' is no command of umbra's: see monitor help\n", name);
+}
+
+/// A number, or the address of a function.
+std::optional<std::uint64_t> parse_term(std::string_view text, const Symbols& symbols) {
+    const bool hexadecimal = text.starts_with("0x") || text.starts_with("0X");
+    const std::string_view digits = hexadecimal ? text.substr(2) : text;
+    std::uint64_t value = 0;
+    const auto parsed =
+        std::from_chars(digits.data(), digits.data() + digits.size(), value, hexadecimal ? 16 : 10);
+    if (parsed.ec == std::errc() && parsed.ptr == digits.data() + digits.size())
+        return value;
+    if (const auto function = symbols.function(text))
+        return function->start.value();
+    return std::nullopt;
 }
 
 } // namespace
@@ -120,14 +141,8 @@ std::variant<ParsedCommand, std::string> parse_monitor_command(std::string_view 
     if (words.empty())
         return ParsedCommand{MonitorCommand::help, {}};
     const auto found = candidates(words[0]);
-    if (found.empty())
-        return unknown(words[0]);
-    if (found.size() > 1) {
-        std::vector<std::string_view> names;
-        for (const MonitorCommandInfo* info : found)
-            names.push_back(info->name);
-        return fmt::format("'{}' could be {}\n", words[0], fmt::join(names, ", "));
-    }
+    if (found.size() != 1)
+        return not_one(words[0], found);
     words.erase(words.begin());
     return ParsedCommand{found.front()->command, std::move(words)};
 }
@@ -136,7 +151,7 @@ std::string monitor_help(std::span<const std::string> words) {
     if (!words.empty()) {
         const auto found = candidates(words[0]);
         if (found.size() != 1)
-            return unknown(words[0]);
+            return not_one(words[0], found);
         const MonitorCommandInfo& info = *found.front();
         return fmt::format("monitor {}{}{}: {}\n{}", info.name, info.arguments.empty() ? "" : " ",
                            info.arguments, info.summary, info.detail);
@@ -149,22 +164,16 @@ std::string monitor_help(std::span<const std::string> words) {
 }
 
 std::optional<std::uint64_t> parse_number(std::string_view text, const Symbols& symbols) {
-    const bool hexadecimal = text.starts_with("0x") || text.starts_with("0X");
-    const std::string_view digits = hexadecimal ? text.substr(2) : text;
-    std::uint64_t value = 0;
-    const auto parsed =
-        std::from_chars(digits.data(), digits.data() + digits.size(), value, hexadecimal ? 16 : 10);
-    if (parsed.ec == std::errc() && parsed.ptr == digits.data() + digits.size())
-        return value;
-    if (const auto function = symbols.function(text))
-        return function->start.value();
-    if (const std::size_t plus = text.rfind('+'); plus != std::string_view::npos && plus != 0) {
-        const auto left = parse_number(text.substr(0, plus), symbols);
-        const auto right = parse_number(text.substr(plus + 1), symbols);
-        if (left && right)
-            return *left + *right;
-    }
-    return std::nullopt;
+    if (const auto term = parse_term(text, symbols))
+        return term; // also a name that has a plus in it
+    const std::size_t plus = text.rfind('+');
+    if (plus == std::string_view::npos)
+        return std::nullopt;
+    const auto left = parse_term(text.substr(0, plus), symbols);
+    const auto right = parse_term(text.substr(plus + 1), symbols);
+    if (!left || !right || *left + *right < *left)
+        return std::nullopt;
+    return *left + *right;
 }
 
 } // namespace umbra

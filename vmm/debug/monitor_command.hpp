@@ -52,11 +52,11 @@ struct ParsedCommand {
 /// By the name or a beginning that no other name has. Otherwise a line that says what could have been meant.
 [[nodiscard]] std::variant<ParsedCommand, std::string> parse_monitor_command(std::string_view line);
 
-/// All commands, or, if `words` names one, that one in detail.
+/// All commands, or, if `words` names one, that one in detail. What does not name one: as above.
 [[nodiscard]] std::string monitor_help(std::span<const std::string> words);
 
 /// A number, decimal or after 0x hexadecimal, or the address of a function of the kernel, or the sum of two
-/// of these: "0x1000", "main+16".
+/// of these: "0x1000", "main+16". Nothing if it is none, or beyond 64 bits.
 [[nodiscard]] std::optional<std::uint64_t> parse_number(std::string_view text, const Symbols& symbols);
 
 } // namespace umbra

@@ -56,7 +56,7 @@ std::optional<std::uint64_t> value_of(const VirtualCpu& cpu, ZydisRegister name,
     const ZydisRegister whole = ZydisRegisterGetLargestEnclosing(ZYDIS_MACHINE_MODE_LONG_64, name);
     if (ZydisRegisterGetClass(whole) != ZYDIS_REGCLASS_GPR64)
         return std::nullopt;
-    const auto number = static_cast<std::size_t>(ZydisRegisterGetId(whole));
+    const auto number = static_cast<std::uint8_t>(ZydisRegisterGetId(whole));
     const std::uint64_t value = cpu.gpr[number];
     const bool high_byte = name == ZYDIS_REGISTER_AH || name == ZYDIS_REGISTER_BH ||
                            name == ZYDIS_REGISTER_CH || name == ZYDIS_REGISTER_DH;
@@ -255,6 +255,9 @@ StepKind step_kind(std::span<const std::byte> code, CodeMode mode) {
     case ZYDIS_MNEMONIC_POPFD:
     case ZYDIS_MNEMONIC_POPFQ:
         return StepKind::pops_flags;
+    case ZYDIS_MNEMONIC_CLI:
+    case ZYDIS_MNEMONIC_STI:
+        return StepKind::sets_interrupts;
     default: // all others
         return StepKind::plain;
     }

@@ -29,18 +29,19 @@ struct MemoryAccess {
 };
 
 /// All data accesses of the instruction at RIP, whose bytes begin `code`, with the registers of `cpu` before
-/// it; of a repeated string instruction those of the next iteration. Descriptor tables and the frames of
-/// interrupts are no operands. Nothing if that cannot be told: code that cannot be decoded, gathers, moves
-/// under a mask, XSAVE and its kin, whose size is the CPU's, ENTER into an inner procedure, and IRET outside
-/// 64-bit mode.
+/// it; of a repeated string instruction those of the next iteration. Descriptor tables and the frames that
+/// interrupts push are no operands. Nothing if that cannot be told: code that cannot be decoded, gathers,
+/// moves under a mask, XSAVE and its kin, whose size is the CPU's, ENTER into an inner procedure, and IRET
+/// outside 64-bit mode.
 [[nodiscard]] std::optional<std::vector<MemoryAccess>> memory_accesses(const VirtualCpu& cpu,
                                                                        std::span<const std::byte> code);
 
 /// Instructions after which EFLAGS.TF, set to step over them, is seen by the guest or is not what it was.
 enum class StepKind : std::uint8_t {
     plain,
-    pushes_flags, ///< PUSHF: the flag that umbra has set is in what was pushed
-    pops_flags,   ///< POPF: the flag is what was popped
+    pushes_flags,    ///< PUSHF: the flag that umbra has set is in what was pushed
+    pops_flags,      ///< POPF: the flag is what was popped
+    sets_interrupts, ///< CLI, STI, where the CPU executes them: EFLAGS.IF is what they set
 };
 [[nodiscard]] StepKind step_kind(std::span<const std::byte> code, CodeMode mode);
 

@@ -58,11 +58,14 @@ template<auto Member>
 void get_fpu(const CpuView& view, std::size_t, std::span<std::byte> out) {
     put(out, view.extended.*Member);
 }
-template<auto Member>
+/// `Bits`: those above are reserved (Intel SDM vol. 1, 8.1.9 and 10.2.3).
+template<auto Member, unsigned Bits>
 bool set_fpu(const CpuEdit& edit, std::size_t, Bytes in) {
+    if (take(in) >> Bits != 0)
+        return false;
     auto& field = edit.extended.*Member;
     field = static_cast<std::remove_reference_t<decltype(field)>>(take(in));
-    return take(in) == field;
+    return true;
 }
 template<auto Member>
 void get_vector(const CpuView& view, std::size_t index, std::span<std::byte> out) {
@@ -292,19 +295,19 @@ RegisterSet::RegisterSet(TargetWidth width, bool avx) : width_(width) {
     using X = ExtendedState;
     for (std::size_t i = 0; i < 8; ++i)
         add(fmt::format("st{}", i), 80, "i387_ext", nullptr, get_vector<&X::st>, set_vector<&X::st>, i);
-    add("fctrl", 32, "int", "float", get_fpu<&X::fctrl>, set_fpu<&X::fctrl>);
-    add("fstat", 32, "int", "float", get_fpu<&X::fstat>, set_fpu<&X::fstat>);
-    add("ftag", 32, "int", "float", get_fpu<&X::ftag>, set_fpu<&X::ftag>);
-    add("fiseg", 32, "int", "float", get_fpu<&X::fiseg>, set_fpu<&X::fiseg>);
-    add("fioff", 32, "int", "float", get_fpu<&X::fioff>, set_fpu<&X::fioff>);
-    add("foseg", 32, "int", "float", get_fpu<&X::foseg>, set_fpu<&X::foseg>);
-    add("fooff", 32, "int", "float", get_fpu<&X::fooff>, set_fpu<&X::fooff>);
-    add("fop", 32, "int", "float", get_fpu<&X::fop>, set_fpu<&X::fop>);
+    add("fctrl", 32, "int", "float", get_fpu<&X::fctrl>, set_fpu<&X::fctrl, 16>);
+    add("fstat", 32, "int", "float", get_fpu<&X::fstat>, set_fpu<&X::fstat, 16>);
+    add("ftag", 32, "int", "float", get_fpu<&X::ftag>, set_fpu<&X::ftag, 16>);
+    add("fiseg", 32, "int", "float", get_fpu<&X::fiseg>, set_fpu<&X::fiseg, 16>);
+    add("fioff", 32, "int", "float", get_fpu<&X::fioff>, set_fpu<&X::fioff, 32>);
+    add("foseg", 32, "int", "float", get_fpu<&X::foseg>, set_fpu<&X::foseg, 16>);
+    add("fooff", 32, "int", "float", get_fpu<&X::fooff>, set_fpu<&X::fooff, 32>);
+    add("fop", 32, "int", "float", get_fpu<&X::fop>, set_fpu<&X::fop, 11>);
 
     feature_ = sse;
     for (std::size_t i = 0; i < vectors; ++i)
         add(fmt::format("xmm{}", i), 128, "vec128", nullptr, get_vector<&X::xmm>, set_vector<&X::xmm>, i);
-    add("mxcsr", 32, "i386_mxcsr", "vector", get_fpu<&X::mxcsr>, set_fpu<&X::mxcsr>);
+    add("mxcsr", 32, "i386_mxcsr", "vector", get_fpu<&X::mxcsr>, set_fpu<&X::mxcsr, 16>);
     feature_ = avx_feature;
     for (std::size_t i = 0; avx && i < vectors; ++i)
         add(fmt::format("ymm{}h", i), 128, "uint128", nullptr, get_vector<&X::ymm_high>,
@@ -356,7 +359,7 @@ std::string RegisterSet::target_xml() const {
                                 reg.feature, types_of(reg.feature, wide ? 8 : 4));
             feature = reg.feature;
         }
-        text += fmt::format("<reg name=\"{}\" bitsize=\"{}\" type=\"{}\" regnum=\"{}\"", reg.name, reg.bits,
+        text += fmt::format(R"(<reg name="{}" bitsize="{}" type="{}" regnum="{}")", reg.name, reg.bits,
                             reg.type, number);
         if (reg.group != nullptr)
             text += fmt::format(" group=\"{}\"", reg.group);

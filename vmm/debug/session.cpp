@@ -188,6 +188,8 @@ std::string GdbSession::stop_reply() const {
         reply += stop_.breakpoint == BreakpointKind::software ? "swbreak:;" : "hwbreak:;";
         break;
     case Stop::Kind::watchpoint:
+        if (stop_.physical) // gdb drops what it has not asked for
+            break;
         reply += fmt::format("{}:{:x};", watch_name(stop_.watch), stop_.address.value());
         break;
     case Stop::Kind::request:
@@ -368,14 +370,17 @@ std::string GdbSession::write_register(Cursor arguments) {
 
 std::string GdbSession::edit_registers(const std::function<bool(const CpuEdit&)>& edit) {
     VirtualCpu& cpu = debugger_->cpu();
+    const VirtualCpu cpu_before = cpu;
     const ExtendedState before = extended();
     ExtendedState after = before;
     const auto paging_before = std::tuple(cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer);
     const CpuFeatures& features = engine_->features();
     if (!edit({cpu, after, features.cr4, features.physical_bits}))
         return refused;
-    if (after != before && !debugger_->vcpu().write_extended(after))
+    if (after != before && !debugger_->vcpu().write_extended(after)) {
+        cpu = cpu_before;
         return refused;
+    }
     if (paging_before != std::tuple(cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer)) {
         if (const auto pdptes = load_pdptes(debugger_->memory(), cpu.cr3, features.physical_bits))
             cpu.pdptes = *pdptes;
