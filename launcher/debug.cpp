@@ -59,6 +59,7 @@ class GdbProcess {
     /// `ended` is called on another thread when gdb has.
     void start(const std::vector<std::string>& arguments, std::function<void()> ended) {
         std::vector<char*> argv;
+        argv.reserve(arguments.size() + 1);
         for (const std::string& argument : arguments)
             argv.push_back(const_cast<char*>(argument.c_str()));
         argv.push_back(nullptr);

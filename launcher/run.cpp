@@ -273,7 +273,7 @@ Verdict run_once(Session& session, int& exit_code) {
     const auto timeout =
         options.timeout ? std::optional(std::chrono::duration<double>(*options.timeout)) : std::nullopt;
     const auto start = std::chrono::steady_clock::now();
-    const Verdict verdict = checks.judge([&] {
+    Verdict verdict = checks.judge([&] {
         const Attendant attendant(
             session.control,
             {.timeout = timeout, .input = options.serial == "stdio" && options.serial_input});

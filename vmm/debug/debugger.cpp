@@ -38,7 +38,7 @@ Stop accessed(WatchKind kind, GuestPhys watched, GuestVirt at) {
             .watch = kind,
             .address = at,
             .physical = true,
-            .text = fmt::format("the watchpoint on physical address {} was met, at {}", watched, at)};
+            .text = fmt::format("the watchpoint on {} was met, at {}", watched, at)};
 }
 
 /// What an agent expression may see.
