@@ -210,6 +210,11 @@ std::optional<TableIndex> ShadowTables::obtain(const TableKey& key) {
         }
         ++epoch_;
         ++visits_;
+        // Of registers (PAE) nothing is there to compare: they may have changed while no root led here.
+        if (key.role.mode == GuestMode::pae && key.level == 3) {
+            for (unsigned slot = 0; slot < GuestPaging{}.pdptes.size(); ++slot)
+                drop_entry(index, slot);
+        }
         collect(index, nullptr, Collect::compare);
         return index;
     }
