@@ -108,8 +108,9 @@ class Mmu {
 
     [[nodiscard]] bool table_write_begun() const { return !open_.empty(); }
 
-    /// From now on these accesses of the guest end in Miss::guarded, on every vCPU, and no others do. Without
-    /// a change nothing happens; with one, every table is forgotten.
+    /// From now on these accesses of the guest end in Miss::guarded, on every vCPU. So may others, to pages
+    /// that have the level-1 entry of a guarded page in a table with guards: the caller looks at the address.
+    /// Without a change nothing happens; with one, every table is forgotten.
     void set_guards(Guards guards);
     /// After Miss::guarded, before anything else: lets accesses to that page through, by that address and to
     /// that frame, until finish_guarded_access. The caller runs the guest for one instruction, which may come
