@@ -553,12 +553,12 @@ ShadowTables::View& ShadowTables::view_of(TableIndex root) {
 void ShadowTables::bring_in_step(TableIndex root, std::uint64_t since) {
     if (table(root).epoch >= since)
         return;
+    // All of them, also those that were compared for another root in this epoch: the guest may have written
+    // to them since, and a CPU that has forgotten everything under this root reads them now.
     const View& view = view_of(root);
     for (const auto* list : {&view.upper, &view.lowest}) {
-        for (const TableIndex index : *list) {
-            if (table(index).compared < epoch_)
-                compare(index);
-        }
+        for (const TableIndex index : *list)
+            compare(index);
     }
     table(root).epoch = epoch_;
     if (!candidates_.empty())
