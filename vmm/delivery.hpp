@@ -1,6 +1,7 @@
-// Delivery of exceptions and interrupts through the guest's IDT, as its CPU would do it in long mode.
+// Delivery of exceptions and interrupts through the guest's IDT, as its CPU would do it in long mode and in
+// legacy protected mode.
 //
-// Intel SDM vol. 3A, chapter 6, chiefly 6.12 to 6.15; INT n in vol. 2A.
+// Intel SDM vol. 3A, chapter 6, chiefly 6.11 to 6.15; INT n in vol. 2A.
 #pragma once
 
 #include "vmm/cpu.hpp"
@@ -8,6 +9,7 @@
 
 #include <array>
 #include <span>
+#include <string_view>
 
 namespace umbra {
 
@@ -46,9 +48,12 @@ struct Delivery {
     enum Outcome : std::uint8_t {
         delivered,    ///< the CPU is at the first instruction of a handler
         triple_fault, ///< the CPU has shut down; its state is as before the last attempt
-        unsupported,  ///< the CPU is not in long mode
+        unsupported,  ///< the delivery needs what umbra does not emulate: see `what`
     };
     Outcome outcome = delivered;
+    /// Of `unsupported`: real mode, virtual-8086 mode or a task gate. Static text. The CPU's state is as
+    /// before the last attempt.
+    std::string_view what;
 
     /// Faults met on the way, first to last: the last one was delivered instead, or ended in the triple
     /// fault.
@@ -58,10 +63,11 @@ struct Delivery {
     [[nodiscard]] std::span<const Exception> nested() const { return std::span(faults).first(fault_count); }
 };
 
-/// Delivers `event`: gate, privilege and stack switch, frame, RFLAGS, CR2; DR7.GD is cleared for #DB, and
-/// cpu.halted. All its accesses are implicit supervisor ones; RFLAGS.AC stays as it is. Faults on the way are
-/// delivered in its place, by the rules of Intel SDM vol. 3A, table 6-5: at last as #DF, or not at all. The
-/// caller has set DR6, and holds external interrupts back while the CPU does not accept them.
+/// Delivers `event` in long mode or legacy protected mode: gate, privilege and stack switch, frame, RFLAGS,
+/// CR2; DR7.GD is cleared for #DB, and cpu.halted. All its accesses are implicit supervisor ones; RFLAGS.AC
+/// stays as it is. Faults on the way are delivered in its place, by the rules of Intel SDM vol. 3A, table
+/// 6-5: at last as #DF, or not at all. The caller has set DR6, and holds external interrupts back while the
+/// CPU does not accept them.
 [[nodiscard]] Delivery deliver(VirtualCpu& cpu, const GuestSpace& space, const Event& event);
 
 } // namespace umbra

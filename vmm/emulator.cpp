@@ -2,6 +2,8 @@
 
 #include "vmm/segmentation.hpp"
 
+#include <utility>
+
 #include <Zydis/Zydis.h>
 
 namespace umbra {
@@ -21,7 +23,7 @@ constexpr std::size_t max_instruction_length = 15;
 /// Elements of one repeated INS or OUTS that are done before the guest may be interrupted again.
 constexpr unsigned string_chunk = 1024;
 
-// Offset of the I/O map base in the 64-bit TSS (Intel SDM vol. 3A, figure 7-11).
+// Offset of the I/O map base in the 64-bit and the 32-bit TSS (Intel SDM vol. 3A, figures 7-11 and 7-2).
 constexpr std::uint32_t tss_io_map_base = 102;
 
 // Indices of the model-specific registers that VirtualCpu holds (Intel SDM vol. 4, table 2-2).
@@ -44,6 +46,10 @@ constexpr std::uint64_t dr7_fixed = 0x400, dr7_writable = 0xffff'23ff, dr7_gd = 
 
 constexpr std::uint64_t cr3_no_flush = std::uint64_t{1} << 63;
 constexpr std::uint64_t pcid_mask = 0xfff;
+
+// A change of these reloads the PDPTEs under PAE paging (Intel SDM vol. 3A, 4.4.1).
+constexpr std::uint64_t cr0_reloads_pdptes = cr0::cd | cr0::nw | cr0::pg;
+constexpr std::uint64_t cr4_reloads_pdptes = cr4::pae | cr4::pge | cr4::pse | cr4::smep;
 
 // The flags that SYSRET loads from R11, and those that IRET loads at any privilege level.
 constexpr std::uint64_t sysret_flags = 0x3c'7fd7;
@@ -95,6 +101,7 @@ class Executor {
   private:
     // Fetching and decoding
     [[nodiscard]] Fault fetch(std::size_t size);
+    [[nodiscard]] std::size_t fetchable() const;
     [[nodiscard]] ZyanStatus decode();
     void decode_operands();
     [[nodiscard]] const char* name() const;
@@ -114,6 +121,10 @@ class Executor {
     [[nodiscard]] bool has_memory_operand() const { return instruction_.raw.modrm.mod != 3; }
     [[nodiscard]] const ZydisDecodedOperand& memory_operand();
     void write_register(Gpr which, unsigned bytes, std::uint64_t value);
+    /// What of a general-purpose register the code can use in full.
+    [[nodiscard]] std::uint64_t native_width(std::uint64_t value) const {
+        return cpu_->cs.long_mode ? value : static_cast<std::uint32_t>(value);
+    }
     [[nodiscard]] std::uint64_t effective_address(const ZydisDecodedOperand& operand);
     [[nodiscard]] Fault linear_address(SegmentRegister which, std::uint64_t offset, std::size_t size,
                                        bool write, GuestVirt& at);
@@ -154,6 +165,7 @@ class Executor {
     Emulation move_control_register();
     Emulation move_debug_register();
     [[nodiscard]] Fault write_cr0(std::uint64_t value);
+    [[nodiscard]] Fault load_pdptes(std::uint64_t cr3);
     [[nodiscard]] Fault write_cr3(std::uint64_t value);
     [[nodiscard]] Fault write_cr4(std::uint64_t value);
     Emulation load_machine_status_word();
@@ -180,8 +192,8 @@ class Executor {
     Emulation access_flag();
 
     [[nodiscard]] Fault check_target(const Segment& code, std::uint64_t offset) const;
-    [[nodiscard]] static bool runnable(const Segment& code, std::uint8_t cpl) {
-        return code.long_mode || cpl == 3;
+    [[nodiscard]] bool runnable(const Segment& code, std::uint8_t cpl) const {
+        return code.long_mode || cpl == 3 || !in_long_mode(*cpu_);
     }
     void enter_code_segment(const Segment& code, std::uint8_t cpl, std::uint64_t rip);
     [[nodiscard]] std::uint64_t edx_eax();
@@ -221,6 +233,15 @@ Fault Executor::fetch(std::size_t size) {
     return std::nullopt;
 }
 
+/// How many bytes at RIP lie in the code segment, at most those of the longest instruction.
+std::size_t Executor::fetchable() const {
+    if (cpu_->cs.long_mode)
+        return max_instruction_length;
+    if (cpu_->rip > cpu_->cs.limit)
+        return 0;
+    return std::min<std::uint64_t>(max_instruction_length, cpu_->cs.limit - cpu_->rip + 1);
+}
+
 ZyanStatus Executor::decode() {
     return ZydisDecoderDecodeInstruction(&decoders.of(cpu_->cs), &context_, bytes_.data(), fetched_,
                                          &instruction_);
@@ -237,16 +258,20 @@ void Executor::decode_operands() {
 Emulation Executor::run(const char** mnemonic) {
     // What follows the instruction in the next page may be unmapped, and is fetched only if needed.
     const std::uint64_t start = cpu_->rip + (cpu_->cs.long_mode ? 0 : cpu_->cs.base);
-    const std::size_t first =
-        std::min<std::size_t>(max_instruction_length, page_size - GuestVirt(start).page_offset());
+    const std::size_t all = fetchable();
+    if (all == 0)
+        return general_protection();
+    const std::size_t first = std::min<std::size_t>(all, page_size - GuestVirt(start).page_offset());
     if (auto fault = fetch(first))
         return raise(*fault);
     ZyanStatus status = decode();
-    if (status == ZYDIS_STATUS_NO_MORE_DATA && first < max_instruction_length) {
-        if (auto fault = fetch(max_instruction_length))
+    if (status == ZYDIS_STATUS_NO_MORE_DATA && first < all) {
+        if (auto fault = fetch(all))
             return raise(*fault);
         status = decode();
     }
+    if (status == ZYDIS_STATUS_NO_MORE_DATA && all < max_instruction_length)
+        return general_protection(); // it goes beyond its segment
     // A control or debug register that does not exist is #UD, which goes before the machine's #GP for its
     // CPL 3.
     if (status == ZYDIS_STATUS_ILLEGAL_LOCK || status == ZYDIS_STATUS_BAD_REGISTER)
@@ -353,14 +378,10 @@ Fault Executor::linear_address(SegmentRegister which, std::uint64_t offset, std:
             return violation;
         return std::nullopt;
     }
-    const bool readable = !is_code(through) || (through.type & descriptor_type::readable) != 0;
-    const bool expand_down = !is_code(through) && (through.type & descriptor_type::expand_down) != 0;
-    const std::uint64_t last = offset + (size - 1);
-    const std::uint64_t top = expand_down && !through.default_32 ? 0xffff : 0xffff'ffff;
-    const bool inside = expand_down ? offset > through.limit && last <= top : last <= through.limit;
-    if (!through.present || !inside || (write ? !is_writable_data(through) : !readable))
+    const auto address = address_in_segment(through, offset, size, write);
+    if (!address)
         return violation;
-    at = GuestVirt(static_cast<std::uint32_t>(through.base + offset));
+    at = *address;
     return std::nullopt;
 }
 
@@ -486,7 +507,7 @@ Emulation Executor::execute() {
     case ZYDIS_MNEMONIC_IRETQ:
         return interrupt_return();
     case ZYDIS_MNEMONIC_SYSCALL:
-        if ((cpu_->efer & efer::sce) == 0)
+        if ((cpu_->efer & efer::sce) == 0 || !in_long_mode(*cpu_))
             return invalid_opcode();
         (void)emulate_syscall(*cpu_, GuestVirt(cpu_->rip + instruction_.length));
         return Done{};
@@ -628,16 +649,17 @@ Fault Executor::check_port(std::uint16_t port, unsigned size) {
         return std::nullopt;
     const Segment& tss = cpu_->tr;
     std::uint16_t map_base = 0;
-    if (!tss.present || tss.limit < tss_io_map_base + 1)
+    const bool has_map = (tss.type | 2) == descriptor_type::tss_busy; // a 16-bit TSS has none
+    if (!tss.present || !has_map || tss.limit < tss_io_map_base + 1)
         return Exception::general_protection();
-    if (auto fault = space_->read(GuestVirt(tss.base) + tss_io_map_base, map_base))
+    if (auto fault = space_->read(linear(*cpu_, tss.base + tss_io_map_base), map_base))
         return fault;
     // The CPU always reads two bytes, as the ports may lie in both.
     const std::uint32_t offset = map_base + port / 8U;
     if (offset + 1 > tss.limit)
         return Exception::general_protection();
     std::uint16_t bits = 0;
-    if (auto fault = space_->read(GuestVirt(tss.base) + offset, bits))
+    if (auto fault = space_->read(linear(*cpu_, tss.base + offset), bits))
         return fault;
     if (((bits >> (port % 8U)) & ((1U << size) - 1)) != 0)
         return Exception::general_protection();
@@ -757,39 +779,76 @@ Emulation Executor::move_control_register() {
     default: // there are no others
         return invalid_opcode();
     }
-    std::uint64_t& general = reg(rm_operand());
     if (instruction_.opcode == 0x20) {
-        general = *control;
+        reg(rm_operand()) = native_width(*control);
         return done();
     }
+    const std::uint64_t value = native_width(reg(rm_operand()));
+    if (number == 0 && (value & (cr0::pe | cr0::pg)) == 0 && !cpu_->cs.long_mode)
+        return Unsupported{"a return to real mode"};
     Fault fault;
     if (number == 0)
-        fault = write_cr0(general);
+        fault = write_cr0(value);
     else if (number == 3)
-        fault = write_cr3(general);
+        fault = write_cr3(value);
     else if (number == 4)
-        fault = write_cr4(general);
-    else if (number == 8 && general > 0xf)
+        fault = write_cr4(value);
+    else if (number == 8 && value > 0xf)
         fault = Exception::general_protection();
     else
-        *control = general;
+        *control = value;
     return fault ? raise(*fault) : done();
 }
 
-/// Intel SDM vol. 3A, 2.5, and vol. 2B, MOV to control registers. Long mode stays: paging cannot be turned
-/// off from 64-bit code.
+/// Intel SDM vol. 3A, 2.5 and 9.8.5, and vol. 2B, MOV to control registers. PE stays set. Setting PG enters
+/// long mode if EFER.LME is set: compatibility mode, until a far JMP loads CS.L. It is cleared only outside
+/// 64-bit mode, and ends long mode.
 Fault Executor::write_cr0(std::uint64_t value) {
     value |= cr0::et;
     const bool caching_valid = (value & cr0::cd) != 0 || (value & cr0::nw) == 0;
-    if (!fits_32(value) || (value & cr0::pe) == 0 || (value & cr0::pg) == 0 || !caching_valid)
+    if (!fits_32(value) || (value & cr0::pe) == 0 || !caching_valid)
         return Exception::general_protection();
     constexpr std::uint64_t defined = cr0::pe | cr0::mp | cr0::em | cr0::ts | cr0::et | cr0::ne | cr0::wp |
                                       cr0::am | cr0::nw | cr0::cd | cr0::pg;
     value &= defined; // the others are ignored
     const std::uint64_t changed = cpu_->cr0 ^ value;
-    cpu_->cr0 = value;
-    if ((changed & cr0::wp) != 0)
+    const bool on = (changed & value & cr0::pg) != 0; // of paging
+    const bool off = (changed & ~value & cr0::pg) != 0;
+    if (off && (cpu_->cs.long_mode || (cpu_->cr4 & cr4::pcide) != 0))
+        return Exception::general_protection();
+    const bool to_long_mode = on && (cpu_->efer & efer::lme) != 0;
+    if (to_long_mode) {
+        const bool tss_16 = cpu_->tr.present && (cpu_->tr.type | 2) == descriptor_type::tss_16_busy;
+        if ((cpu_->cr4 & cr4::pae) == 0 || tss_16)
+            return Exception::general_protection();
+    }
+    const std::uint64_t old_cr0 = std::exchange(cpu_->cr0, value), old_efer = cpu_->efer;
+    if (to_long_mode)
+        cpu_->efer |= efer::lma;
+    else if (off)
+        cpu_->efer &= ~efer::lma;
+    if ((changed & cr0_reloads_pdptes) != 0) {
+        if (auto fault = load_pdptes(cpu_->cr3)) {
+            cpu_->cr0 = old_cr0;
+            cpu_->efer = old_efer;
+            return fault;
+        }
+    }
+    if (on || off)
+        tell(PagingChange::everything, true);
+    else if ((changed & cr0::wp) != 0)
         tell(PagingChange::mode);
+    return std::nullopt;
+}
+
+/// Under PAE paging, loads the PDPTE registers by this CR3; #GP(0) for a reserved bit in a present one.
+Fault Executor::load_pdptes(std::uint64_t cr3) {
+    if (&paging_format(*cpu_) != &paging_pae)
+        return std::nullopt;
+    const auto loaded = environment_->pdptes(cr3);
+    if (!loaded)
+        return Exception::general_protection();
+    cpu_->pdptes = *loaded;
     return std::nullopt;
 }
 
@@ -801,25 +860,36 @@ Fault Executor::write_cr3(std::uint64_t value) {
         value &= ~cr3_no_flush;
     if (value >> environment_->physical_bits() != 0)
         return Exception::general_protection();
+    if (auto fault = load_pdptes(value))
+        return fault;
     cpu_->cr3 = value;
     tell(keep ? PagingChange::cr3_load_no_flush : PagingChange::cr3_load);
     return std::nullopt;
 }
 
 /// What flushes: Intel SDM vol. 3A, 4.10.4.1, and AMD APM vol. 2, 5.5.2, where PSE does too. Turning PCIDs on
-/// flushes nothing: the translations made until then are those of PCID 0, which CR3 must name.
+/// flushes nothing: the translations made until then are those of PCID 0, which CR3 must name. In long mode
+/// PAE and LA57 stay as they are.
 Fault Executor::write_cr4(std::uint64_t value) {
     const std::uint64_t changed = cpu_->cr4 ^ value;
+    const bool long_mode = in_long_mode(*cpu_);
     const bool pcids_on = (changed & value & cr4::pcide) != 0;
-    if ((value & ~environment_->cr4_allowed()) != 0 || (value & cr4::pae) == 0 ||
-        (changed & cr4::la57) != 0 || (pcids_on && (cpu_->cr3 & pcid_mask) != 0))
+    if ((value & ~environment_->cr4_allowed()) != 0 ||
+        (long_mode && ((value & cr4::pae) == 0 || (changed & cr4::la57) != 0)) ||
+        (pcids_on && (!long_mode || (cpu_->cr3 & pcid_mask) != 0)))
         return Exception::general_protection();
     cpu_->cr4 = value;
+    if ((changed & cr4_reloads_pdptes) != 0) {
+        if (auto fault = load_pdptes(cpu_->cr3)) {
+            cpu_->cr4 ^= changed;
+            return fault;
+        }
+    }
     const bool pcids_off = (changed & ~value & cr4::pcide) != 0;
     const bool smep_on = (changed & value & cr4::smep) != 0;
     if ((changed & (cr4::smep | cr4::smap | cr4::pke)) != 0)
         tell(PagingChange::mode);
-    if ((changed & (cr4::pge | cr4::pse)) != 0 || pcids_off)
+    if ((changed & (cr4::pge | cr4::pse | cr4::pae)) != 0 || pcids_off)
         tell(PagingChange::everything, true);
     else if (smep_on)
         tell(PagingChange::context, true);
@@ -856,11 +926,11 @@ Emulation Executor::move_debug_register() {
         return raise({Vector::debug, std::nullopt, {}});
     }
     std::uint64_t& debug = number == 6 ? cpu_->dr6 : number == 7 ? cpu_->dr7 : cpu_->dr[number];
-    std::uint64_t& general = reg(rm_operand());
     if (instruction_.opcode == 0x21) {
-        general = debug;
+        reg(rm_operand()) = native_width(debug);
         return done();
     }
+    const std::uint64_t general = native_width(reg(rm_operand()));
     if (number >= 6 && !fits_32(general))
         return general_protection();
     debug = number == 6   ? (general & dr6_writable) | dr6_fixed
@@ -904,12 +974,19 @@ Emulation Executor::store_descriptor_table(const DescriptorTable& table) {
     return done();
 }
 
+/// m16&64 in 64-bit mode, otherwise m16&32, of whose base an operand size of 16 bits takes 24 bits.
 Emulation Executor::load_descriptor_table(DescriptorTable& table) {
     std::array<std::byte, 10> image{};
-    if (auto fault = read_memory_operand(image))
+    const auto loaded = std::span(image).first(cpu_->cs.long_mode ? 10 : 6);
+    GuestVirt at;
+    if (auto fault = operand_address(memory_operand(), loaded.size(), false, at))
+        return raise(*fault);
+    if (auto fault = space_->read(at, loaded, access()))
         return raise(*fault);
     std::uint64_t base = 0;
     std::memcpy(&base, image.data() + sizeof(table.limit), sizeof(base));
+    if (!cpu_->cs.long_mode && instruction_.operand_width == 16)
+        base &= 0xff'ffff;
     if (!canonical(base))
         return general_protection();
     std::memcpy(&table.limit, image.data(), sizeof(table.limit));
@@ -1002,8 +1079,13 @@ Emulation Executor::far_transfer(bool call) {
     Segment code;
     if (auto fault = check_jump_code_segment(*cpu_, *space_, selector, code))
         return raise(*fault);
-    if (code.system)
+    if (code.system) {
+        const bool gate =
+            code.type == descriptor_type::call_gate || code.type == descriptor_type::call_gate_16;
+        if (!gate)
+            return Unsupported{"a task switch"};
         return Unsupported{call ? "far call through a call gate" : "far jmp through a call gate"};
+    }
     if (!runnable(code, cpu_->cpl))
         return Unsupported{compatibility_kernel};
     if (auto fault = check_target(code, offset))
@@ -1081,16 +1163,22 @@ Emulation Executor::far_return() {
     return Done{};
 }
 
-/// Intel SDM vol. 2A, IRET: in 64-bit mode SS:RSP is popped at any level.
+/// Intel SDM vol. 2A, IRET: in 64-bit mode SS:RSP is popped at any level, otherwise by a return to an outer
+/// one.
 Emulation Executor::interrupt_return() {
-    if ((cpu_->rflags & rflags::nested_task) != 0)
+    if ((cpu_->rflags & rflags::nested_task) != 0) {
+        if (!in_long_mode(*cpu_))
+            return Unsupported{"a return from a nested task"};
         return general_protection();
+    }
     const unsigned width = instruction_.operand_width / 8U;
-    const bool pops_stack = cpu_->cs.long_mode;
+    constexpr std::size_t short_frame = 3;
     std::array<std::uint64_t, 5> frame{}; // RIP, CS, RFLAGS, RSP, SS
-    const auto popped = std::span(frame).first(pops_stack ? 5 : 3);
-    if (auto fault = read_stack(0, width, popped))
+    const auto at_first = std::span(frame).first(cpu_->cs.long_mode ? frame.size() : short_frame);
+    if (auto fault = read_stack(0, width, at_first))
         return raise(*fault);
+    if (!in_long_mode(*cpu_) && privileged() && (frame[2] & rflags::virtual_8086) != 0)
+        return Unsupported{"a return to virtual-8086 mode"};
     const auto selector = static_cast<std::uint16_t>(frame[1]);
     Segment code;
     if (auto fault = check_return_code_segment(*cpu_, *space_, selector, code))
@@ -1098,6 +1186,12 @@ Emulation Executor::interrupt_return() {
     const std::uint8_t new_cpl = selector::rpl(selector);
     if (!runnable(code, new_cpl))
         return Unsupported{compatibility_kernel};
+    const bool outer = new_cpl > cpu_->cpl;
+    const bool pops_stack = cpu_->cs.long_mode || outer;
+    if (pops_stack && !cpu_->cs.long_mode) {
+        if (auto fault = read_stack(short_frame * width, width, std::span(frame).subspan(short_frame)))
+            return raise(*fault);
+    }
     Segment ss;
     if (pops_stack) {
         if (auto fault = check_return_stack_segment(*cpu_, *space_, static_cast<std::uint16_t>(frame[4]),
@@ -1120,13 +1214,12 @@ Emulation Executor::interrupt_return() {
         loaded |= rflags::iopl | (width == 2 ? 0 : iret_flags_cpl0);
     cpu_->rflags = (cpu_->rflags & ~loaded) | (frame[2] & loaded) | rflags::fixed;
 
-    const bool outer = new_cpl > cpu_->cpl;
     if (pops_stack) {
         enter_code_segment(code, new_cpl, frame[0]);
         cpu_->ss = ss;
         set_stack_pointer(frame[3]);
     } else {
-        set_stack_pointer(reg(Gpr::rsp) + popped.size() * width);
+        set_stack_pointer(reg(Gpr::rsp) + short_frame * width);
         enter_code_segment(code, new_cpl, frame[0]);
     }
     if (outer)
@@ -1175,7 +1268,7 @@ Emulation Executor::invalidate_pcid() {
         return general_protection();
     constexpr std::array kinds{PagingChange::page, PagingChange::context, PagingChange::everything,
                                PagingChange::all_contexts};
-    const std::uint64_t type = reg(reg_operand());
+    const std::uint64_t type = native_width(reg(reg_operand()));
     if (type >= kinds.size())
         return general_protection();
     std::array<std::uint64_t, 2> descriptor{}; // PCID, linear address
@@ -1256,7 +1349,8 @@ bool Executor::valid_msr(std::uint32_t index, std::uint64_t value) const {
     case msr::fs_base:
     case msr::gs_base:
     case msr::kernel_gs_base:
-        return canonical(value);
+        // Of the addresses of long mode, also before it is entered.
+        return ((cpu_->cr4 & cr4::la57) != 0 ? paging_5_level : paging_4_level).canonical(GuestVirt(value));
     default:
         return true;
     }
@@ -1287,11 +1381,12 @@ Emulation Executor::write_msr() {
     return written ? done() : general_protection();
 }
 
-/// LMA follows LME and CR0.PG and is not written; paging is on, so LME cannot change.
+/// LMA follows LME and CR0.PG and is not written; LME cannot change while paging is on.
 bool Executor::write_efer(std::uint64_t value) {
     value = (value & ~efer::lma) | (cpu_->efer & efer::lma);
     const std::uint64_t changed = cpu_->efer ^ value;
-    if ((value & ~(efer::sce | efer::lme | efer::lma | efer::nxe)) != 0 || (changed & efer::lme) != 0)
+    const bool lme_changes_paging = (changed & efer::lme) != 0 && (cpu_->cr0 & cr0::pg) != 0;
+    if ((value & ~(efer::sce | efer::lme | efer::lma | efer::nxe)) != 0 || lme_changes_paging)
         return false;
     if ((changed & efer::nxe) != 0 && (environment_->cpuid(0x8000'0001, 0).edx & cpuid::nx) == 0)
         return false;
@@ -1336,10 +1431,14 @@ Emulation Executor::access_flag() {
 
 } // namespace
 
+std::optional<std::array<std::uint64_t, 4>> CpuEnvironment::pdptes(std::uint64_t /*cr3*/) {
+    return std::nullopt;
+}
+
 Emulation emulate(VirtualCpu& cpu, const GuestSpace& space, CpuEnvironment& environment,
                   const char** mnemonic) {
-    if ((cpu.efer & efer::lma) == 0)
-        return Unsupported{"a CPU that is not in long mode"};
+    if (const auto what = unsupported_mode(cpu))
+        return Unsupported{*what};
     return Executor(cpu, space, environment).run(mnemonic);
 }
 

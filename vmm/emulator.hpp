@@ -2,7 +2,8 @@
 // machine, at its CPL 3, trapped.
 //
 // Every instruction that must trap to be virtualised is here, and nothing else: arithmetic, moves and calls
-// run natively. Semantics: Intel SDM vol. 2; long mode (64-bit and compatibility mode) only.
+// run natively. Semantics: Intel SDM vol. 2; long mode (64-bit and compatibility mode) and legacy protected
+// mode.
 #pragma once
 
 #include "vmm/cpu.hpp"
@@ -26,7 +27,7 @@ struct PagingChange {
         page,              ///< the page of `address` in `pcid` is gone
         context,           ///< what `pcid` had is gone
         all_contexts,      ///< what all PCIDs had is gone
-        everything,        ///< the same, and all global translations: CR4.PGE changed, INVPCID of type 2 ...
+        everything,        ///< the same, and all global translations: CR0.PG or CR4.PGE changed ...
     };
     Kind kind = everything;
     /// Global translations go too, whatever PCID they were made in: for `page` those of that page (INVLPG
@@ -68,6 +69,10 @@ class CpuEnvironment {
     [[nodiscard]] virtual std::uint64_t read_tsc() = 0;
 
     virtual void paging_changed(const PagingChange& change) = 0;
+    /// What CR3 with this value loads into the PDPTE registers under PAE paging: load_pdptes() of the guest's
+    /// memory. nullopt: a present one has a reserved bit set; the guest gets #GP(0). This one is for a CPU
+    /// that is never in PAE paging.
+    [[nodiscard]] virtual std::optional<std::array<std::uint64_t, 4>> pdptes(std::uint64_t cr3);
 
     [[nodiscard]] virtual CpuidResult cpuid(std::uint32_t leaf, std::uint32_t subleaf) = 0;
     /// MAXPHYADDR.

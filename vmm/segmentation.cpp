@@ -1,10 +1,19 @@
 #include "vmm/segmentation.hpp"
 
+#include <algorithm>
+
 namespace umbra {
 namespace {
 
 constexpr unsigned descriptor_size = 8;
 constexpr unsigned system_descriptor_size = 16; ///< in long mode (Intel SDM vol. 3A, figure 7-4)
+constexpr std::array<std::uint8_t, 1> ldt_types{descriptor_type::ldt};
+constexpr std::array<std::uint8_t, 2> tss_types{descriptor_type::tss_available,
+                                                descriptor_type::tss_16_available}; ///< the last: legacy only
+/// What a far JMP or CALL may name besides code; all but the first in legacy mode only.
+constexpr std::array<std::uint8_t, 5> jump_types{descriptor_type::call_gate, descriptor_type::call_gate_16,
+                                                 descriptor_type::task_gate, descriptor_type::tss_available,
+                                                 descriptor_type::tss_16_available};
 
 Exception not_present(std::uint32_t code) {
     return {Vector::segment_not_present, code, {}};
@@ -23,7 +32,7 @@ std::optional<Exception> locate(const VirtualCpu& cpu, std::uint16_t selector, u
     const std::uint32_t limit = local ? cpu.ldtr.limit : cpu.gdtr.limit;
     if ((local && !cpu.ldtr.present) || offset + size - 1 > limit)
         return Exception::general_protection(selector::error_code(selector) | ext);
-    at = GuestVirt(local ? cpu.ldtr.base : cpu.gdtr.base.value()) + offset;
+    at = linear(cpu, (local ? cpu.ldtr.base : cpu.gdtr.base.value()) + offset);
     return std::nullopt;
 }
 
@@ -52,26 +61,28 @@ Segment parse(std::uint16_t selector, std::uint64_t raw) {
     return result;
 }
 
-/// LLDT and LTR: a 16-byte descriptor of `type` in the GDT.
+/// LLDT and LTR: a descriptor in the GDT, whose type is among `types`.
 std::optional<Exception> read_system_descriptor(const VirtualCpu& cpu, const GuestSpace& space,
-                                                std::uint16_t selector, std::uint8_t type, Segment& into) {
+                                                std::uint16_t selector, std::span<const std::uint8_t> types,
+                                                Segment& into) {
     const Exception bad = Exception::general_protection(selector::error_code(selector));
     if ((selector & selector::local) != 0)
         return bad;
+    const unsigned size = in_long_mode(cpu) ? system_descriptor_size : descriptor_size;
     GuestVirt at;
-    if (auto exception = locate(cpu, selector, system_descriptor_size, 0, at))
+    if (auto exception = locate(cpu, selector, size, 0, at))
         return exception;
-    std::array<std::uint64_t, 2> raw{};
-    if (auto exception = space.read(at, raw))
+    std::array<std::uint64_t, 2> raw{}; // the upper half stays zero in legacy mode
+    if (auto exception = space.read(at, std::as_writable_bytes(std::span(raw)).first(size)))
         return with_selector(exception, selector, 0);
     into = parse(selector, raw[0]);
     into.base |= raw[1] << 32;
     const bool upper_type_zero = ((raw[1] >> 40) & 0x1f) == 0;
-    if (!into.system || into.type != type || !upper_type_zero)
+    if (!into.system || std::ranges::find(types, into.type) == types.end() || !upper_type_zero)
         return bad;
     if (!into.present)
         return not_present(selector::error_code(selector));
-    if (!space.paging().format->canonical(GuestVirt(into.base)))
+    if (in_long_mode(cpu) && !space.paging().format->canonical(GuestVirt(into.base)))
         return bad;
     return std::nullopt;
 }
@@ -114,6 +125,30 @@ Segment& segment(VirtualCpu& cpu, SegmentRegister reg) {
     return cpu.gs;
 }
 
+std::optional<std::string_view> unsupported_mode(const VirtualCpu& cpu) {
+    if (in_long_mode(cpu))
+        return std::nullopt;
+    if ((cpu.cr0 & cr0::pe) == 0)
+        return "real mode";
+    if ((cpu.rflags & rflags::virtual_8086) != 0)
+        return "virtual-8086 mode";
+    if (cpu.cs.long_mode)
+        return "a 64-bit code segment outside long mode";
+    return std::nullopt;
+}
+
+std::optional<GuestVirt> address_in_segment(const Segment& segment, std::uint64_t offset, std::size_t size,
+                                            bool write) {
+    const bool readable = !is_code(segment) || (segment.type & descriptor_type::readable) != 0;
+    const bool expand_down = !is_code(segment) && (segment.type & descriptor_type::expand_down) != 0;
+    const std::uint64_t last = offset + (size - 1);
+    const std::uint64_t top = expand_down && !segment.default_32 ? 0xffff : 0xffff'ffff;
+    const bool inside = expand_down ? offset > segment.limit && last <= top : last <= segment.limit;
+    if (!segment.present || !inside || (write ? !is_writable_data(segment) : !readable))
+        return std::nullopt;
+    return GuestVirt(static_cast<std::uint32_t>(segment.base + offset));
+}
+
 std::optional<Exception> read_descriptor(const VirtualCpu& cpu, const GuestSpace& space,
                                          std::uint16_t selector, Segment& into, std::uint32_t ext) {
     GuestVirt at;
@@ -123,6 +158,7 @@ std::optional<Exception> read_descriptor(const VirtualCpu& cpu, const GuestSpace
     if (auto exception = space.read(at, raw))
         return with_selector(exception, selector, ext);
     into = parse(selector, raw);
+    into.long_mode &= in_long_mode(cpu);
     return std::nullopt;
 }
 
@@ -204,7 +240,8 @@ std::optional<Exception> check_jump_code_segment(const VirtualCpu& cpu, const Gu
                                                  std::uint16_t selector, Segment& into) {
     if (auto exception = read_descriptor(cpu, space, selector, into))
         return exception;
-    if (into.system && into.type == descriptor_type::call_gate)
+    const auto not_code = std::span(jump_types).first(in_long_mode(cpu) ? 1 : jump_types.size());
+    if (into.system && std::ranges::find(not_code, into.type) != not_code.end())
         return std::nullopt;
     const bool level =
         is_conforming(into) ? into.dpl <= cpu.cpl : selector::rpl(selector) <= cpu.cpl && into.dpl == cpu.cpl;
@@ -231,7 +268,7 @@ std::optional<Exception> load_ldtr(VirtualCpu& cpu, const GuestSpace& space, std
         return std::nullopt;
     }
     Segment loaded;
-    if (auto exception = read_system_descriptor(cpu, space, selector, descriptor_type::ldt, loaded))
+    if (auto exception = read_system_descriptor(cpu, space, selector, ldt_types, loaded))
         return exception;
     cpu.ldtr = loaded;
     return std::nullopt;
@@ -239,11 +276,13 @@ std::optional<Exception> load_ldtr(VirtualCpu& cpu, const GuestSpace& space, std
 
 std::optional<Exception> load_tr(VirtualCpu& cpu, const GuestSpace& space, std::uint16_t selector) {
     Segment loaded;
-    if (auto exception = read_system_descriptor(cpu, space, selector, descriptor_type::tss_available, loaded))
+    const auto types = std::span(tss_types).first(in_long_mode(cpu) ? 1 : tss_types.size());
+    if (auto exception = read_system_descriptor(cpu, space, selector, types, loaded))
         return exception;
-    loaded.type = descriptor_type::tss_busy;
+    constexpr std::uint8_t busy = descriptor_type::tss_busy ^ descriptor_type::tss_available;
+    loaded.type |= busy;
     const auto rights = static_cast<std::uint8_t>(0x80U | (unsigned{loaded.dpl} << 5) | loaded.type);
-    const GuestVirt descriptor = cpu.gdtr.base + (selector & ~std::uint64_t{7});
+    const GuestVirt descriptor = linear(cpu, cpu.gdtr.base.value() + (selector & ~std::uint64_t{7}));
     if (auto exception = space.write(descriptor + 5, rights))
         return with_selector(exception, selector, 0);
     cpu.tr = loaded;
