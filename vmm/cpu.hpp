@@ -74,6 +74,8 @@ struct Segment {
     bool default_32 = false;  ///< D/B
     bool granularity = false; ///< G
     bool available = false;   ///< AVL
+
+    bool operator==(const Segment&) const = default;
 };
 
 struct DescriptorTable {

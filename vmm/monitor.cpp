@@ -457,7 +457,7 @@ void Monitor::stored(GuestPhys at, GuestVirt linear, std::size_t size) {
 /// Whether the guest's GDT has its programs' code at a selector that is valid in the host's GDT, so that
 /// `iretq` to it succeeds without a trap.
 bool Monitor::has_untrapped_user_code() {
-    if (traits_.own_gdt)
+    if (traits_.own_gdt || !in_long_mode(cpu_))
         return false;
     Segment code;
     return !read_descriptor(cpu_, space(), Switcher::host_user_code, code) && code.present && is_code(code) &&
@@ -618,7 +618,8 @@ Monitor::Step Monitor::complete_event(const Event& event) {
         return stop(Verdict::Kind::triple_fault, std::move(how));
     }
     case Delivery::unsupported:
-        return stop(Verdict::Kind::stopped, "the guest left long mode, which umbra does not support");
+        return stop(Verdict::Kind::stopped, fmt::format("umbra does not deliver vector {} to this guest: {}",
+                                                        event.vector, delivery.what));
     }
     __builtin_unreachable();
 }
@@ -633,10 +634,11 @@ void Monitor::refresh_control() {
     }
     if (cpu_.cr8 != machine_.vcpu().cr8())
         machine_.vcpu().set_cr8(cpu_.cr8);
-    if (cpu_.cr0 == machine_cr0_ && cpu_.cr4 == machine_cr4_)
+    if (cpu_.cr0 == machine_cr0_ && cpu_.cr4 == machine_cr4_ && cpu_.efer == machine_efer_)
         return;
     machine_cr0_ = cpu_.cr0;
     machine_cr4_ = cpu_.cr4;
+    machine_efer_ = cpu_.efer;
     switcher_.set_control(cpu_, machine_cr4_allowed_);
 }
 
@@ -660,6 +662,10 @@ void Monitor::paging_changed(const PagingChange& change) {
         break;
     }
     mmu_.set_trap_user_fetch(has_untrapped_user_code());
+}
+
+std::optional<std::array<std::uint64_t, 4>> Monitor::pdptes(std::uint64_t cr3) {
+    return load_pdptes(machine_.memory(), cr3, features_.physical_bits);
 }
 
 std::optional<std::uint64_t> Monitor::read_msr(std::uint32_t index) {

@@ -68,6 +68,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     bool write_xcr0(std::uint64_t value) override { return machine_.vcpu().write_xcr0(value); }
     std::uint64_t read_tsc() override { return timestamp(); }
     void paging_changed(const PagingChange& change) override;
+    std::optional<std::array<std::uint64_t, 4>> pdptes(std::uint64_t cr3) override;
     CpuidResult cpuid(std::uint32_t leaf, std::uint32_t subleaf) override;
     unsigned physical_bits() override { return features_.physical_bits; }
     std::uint64_t cr4_allowed() override { return features_.cr4; }
@@ -85,7 +86,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     std::vector<CpuidLeaf> cpuid_;
     std::uint64_t machine_cr4_allowed_; ///< what KVM lets the machine have
     unsigned placed_slot_;
-    std::uint64_t machine_cr0_ = 0, machine_cr4_ = 0,
+    std::uint64_t machine_cr0_ = 0, machine_cr4_ = 0, machine_efer_ = 0,
                   machine_tsc_aux_ = 0;             ///< the guest's, as last told to the machine
     std::optional<NativePortAccess> native_access_; ///< to be made at the next entry
     GuestChecks* checks_;

@@ -1,5 +1,6 @@
 #include "vmm/scratch_machine.hpp"
 
+#include "vmm/segmentation.hpp"
 #include "vmm/switcher_layout.h"
 
 #include <algorithm>
@@ -56,6 +57,8 @@ ScratchMachine::ScratchMachine(const Kvm& kvm, const HostTraits& assumed, Interr
     cpu.cr0 = cr0::pe | cr0::pg | cr0::wp | cr0::ne | cr0::et | cr0::mp;
     cpu.cr4 = cr4::pae | cr4::osfxsr | cr4::osxmmexcpt;
     cpu.efer = efer::lme | efer::lma | efer::nxe | efer::sce;
+    cpu.cs = flat_code_segment(Switcher::host_user_code, 3, true);
+    cpu.ss = flat_stack_segment(Switcher::host_user_data, 3);
     switcher_.place(switcher_slot);
     set_control();
 }

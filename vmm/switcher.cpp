@@ -33,13 +33,14 @@ constexpr std::size_t gdt_page = 0, idt_page = 1, tss_page = 2, stack_page = 4;
 /// Where the pool is mapped, from the start of the reserved slot: its own entry of the slot's PDPT.
 constexpr std::size_t pool_offset = std::size_t{1} << 30;
 
-// The machine's segments, at the end of the GDT, where guests that look at their own selectors have none of
-// theirs.
+// The machine's segments, at the end of the GDT, where guests have none of their own. A guest that reads CS
+// or SS sees these selectors; what it loads them into is then the same segment, as it should be.
 constexpr std::uint16_t ring0_cs = 0xfc0, ring0_ss = 0xfc8,
                         task = 0xfd0; // `syscall` wants SS right behind CS
 constexpr std::uint16_t guest_ss = 0xfe0 | 3, guest_cs = 0xfe8 | 3;
 
-constexpr std::uint32_t msr_star = 0xc0000081, msr_lstar = 0xc0000082, msr_fmask = 0xc0000084;
+constexpr std::uint32_t msr_star = 0xc0000081, msr_lstar = 0xc0000082, msr_cstar = 0xc0000083,
+                        msr_fmask = 0xc0000084;
 
 Segment flat(std::uint16_t selector, bool code, std::uint8_t dpl) {
     Segment segment;
@@ -54,14 +55,27 @@ Segment flat(std::uint16_t selector, bool code, std::uint8_t dpl) {
     return segment;
 }
 
-/// A segment descriptor (Intel SDM vol. 3A, 3.4.5) with base 0.
+/// A segment descriptor (Intel SDM vol. 3A, 3.4.5).
 std::uint64_t descriptor(const Segment& segment) {
-    return 0x0000'0000'0000'ffff | std::uint64_t{0xf} << 48 |
-           (std::uint64_t{segment.type} | std::uint64_t{1} << 4 | std::uint64_t{segment.dpl} << 5 |
-            std::uint64_t{1} << 7)
+    const std::uint64_t limit = segment.granularity ? segment.limit >> page_shift : segment.limit;
+    return (limit & 0xffff) | (segment.base & 0xff'ffff) << 16 |
+           (std::uint64_t{segment.type} | std::uint64_t{!segment.system} << 4 |
+            std::uint64_t{segment.dpl} << 5 | std::uint64_t{segment.present} << 7)
                << 40 |
-           std::uint64_t{segment.long_mode} << 53 | std::uint64_t{segment.default_32} << 54 |
-           std::uint64_t{1} << 55;
+           (limit >> 16 & 0xf) << 48 | std::uint64_t{segment.long_mode} << 53 |
+           std::uint64_t{segment.default_32} << 54 | std::uint64_t{segment.granularity} << 55 |
+           (segment.base >> 24 & 0xff) << 56;
+}
+
+/// The guest's segment as one of the machine's CPL 3. A byte-granular limit that only pages can express is
+/// one of pages.
+Segment for_machine(Segment segment, std::uint16_t selector) {
+    constexpr std::uint32_t most_bytes = 0xf'ffff;
+    segment.selector = selector;
+    segment.dpl = 3;
+    segment.type |= 1; // accessed: the CPU need not write to the GDT
+    segment.granularity = segment.limit > most_bytes;
+    return segment;
 }
 
 std::size_t image_offset(const std::byte* label) {
@@ -152,21 +166,21 @@ Switcher::Switcher(SwitcherRegion& region, Vcpu& machine, const HostTraits& trai
     : memory_(region.memory_), machine_(machine), traits_(traits),
       block_((first_block + id * region.block_pages_) * page_size),
       stack_top_(block_ + (region.block_pages_ - 1) * page_size) {
-    const auto area = memory_.switcher();
-    const auto set = [&](std::uint16_t selector, std::uint64_t value) {
-        *at<std::uint64_t>(area, block_ + gdt_page * page_size + (selector & ~std::uint16_t{7})) = value;
-    };
-    set(ring0_cs, descriptor(flat(ring0_cs, true, 0)));
-    set(ring0_ss, descriptor(flat(ring0_ss, false, 0)));
-    set(guest_ss, descriptor(flat(guest_ss, false, 3)));
-    set(guest_cs, descriptor(flat(guest_cs, true, 3)));
+    for (const Segment& segment : {flat(ring0_cs, true, 0), flat(ring0_ss, false, 0),
+                                   flat(guest_ss, false, 3), flat(guest_cs, true, 3)})
+        set_descriptor(segment);
     if (!traits_.own_gdt) {
-        set(host_user_data, descriptor(flat(host_user_data, false, 3)));
-        set(host_user_code, descriptor(flat(host_user_code, true, 3)));
+        set_descriptor(flat(host_user_data, false, 3));
+        set_descriptor(flat(host_user_code, true, 3));
     }
     // As after a trap: what the machine's reset leaves, real-mode selectors, could be taken for ring 0.
     machine_.set_segment(SegmentName::cs, flat(ring0_cs, true, 0));
     machine_.set_segment(SegmentName::ss, flat(ring0_ss, false, 0));
+}
+
+void Switcher::set_descriptor(const Segment& segment) {
+    const std::size_t offset = segment.selector & ~std::uint16_t{7};
+    *at<std::uint64_t>(memory_.switcher(), block_ + gdt_page * page_size + offset) = descriptor(segment);
 }
 
 std::uint64_t Switcher::address(std::size_t offset) const {
@@ -219,7 +233,8 @@ void Switcher::place(unsigned slot) {
 
     syscall_entry_ = address(image_page * page_size + image_offset(umbra_switcher_syscall));
     const bool set = machine_.write_msr(msr_star, std::uint64_t{ring0_cs} << 32) &&
-                     machine_.write_msr(msr_lstar, syscall_entry_) && machine_.write_msr(msr_fmask, ~0U);
+                     machine_.write_msr(msr_lstar, syscall_entry_) &&
+                     machine_.write_msr(msr_cstar, syscall_entry_) && machine_.write_msr(msr_fmask, ~0U);
     if (!set)
         throw StartupError(ExitCode::host_cannot, "KVM refuses the system-call MSRs");
 }
@@ -230,13 +245,15 @@ void Switcher::set_control(const VirtualCpu& cpu, std::uint64_t allowed_cr4) {
         cr4::osfxsr | cr4::osxmmexcpt | cr4::osxsave | cr4::fsgsbase | cr4::tsd | cr4::de;
     control_cr0_ = cr0::pe | cr0::pg | cr0::wp | cr0::ne | cr0::et | (cpu.cr0 & from_cr0);
     control_cr4_ = cr4::pae | (((cpu.cr4 & from_cr4) | cr4::umip) & allowed_cr4);
+    // A guest without SYSCALL shall get its #UD with all registers as they were.
+    const bool has_syscall = (cpu.efer & efer::lma) != 0 && (cpu.efer & efer::sce) != 0;
+    control_efer_ = efer::lme | efer::lma | efer::nxe | (has_syscall ? efer::sce : 0);
     set_alignment_checks(cpu);
 }
 
 void Switcher::set_alignment_checks(const VirtualCpu& cpu) {
     alignment_checks_ = wants_alignment_checks(cpu);
-    machine_.set_control(control_cr0_ | (alignment_checks_ ? cr0::am : 0), control_cr4_,
-                         efer::lme | efer::lma | efer::nxe | efer::sce);
+    machine_.set_control(control_cr0_ | (alignment_checks_ ? cr0::am : 0), control_cr4_, control_efer_);
 }
 
 // What remains: the kernel has set AC by a POPF, which is no trap, or this host checks alignment with CR0.AM
@@ -263,14 +280,7 @@ std::uint64_t Switcher::machine_flags(const VirtualCpu& cpu) const {
 Trap Switcher::leave(VirtualCpu& cpu) {
     machine_.read_gprs(cpu.gpr);
     std::uint64_t flags = machine_.rflags();
-    cpu.fs.base = machine_.segment_base(SegmentName::fs);
-    cpu.gs.base = machine_.segment_base(SegmentName::gs);
-    if (traits_.own_gdt) { // a null selector loads without a trap
-        for (const auto& [name, segment] : data_segments(cpu)) {
-            if (const std::uint16_t selector = machine_.selector(name); selector != segment->selector)
-                *segment = Segment{.selector = selector, .base = segment->base};
-        }
-    }
+    take_segments(cpu);
     const auto finish = [&](Trap trap) {
         // What the machine's flags cannot tell: IOPL is ours, and where it is not honoured so is IF.
         constexpr std::uint64_t ours = rflags::iopl | rflags::nested_task | rflags::virtual_8086;
@@ -320,34 +330,79 @@ Trap Switcher::leave(VirtualCpu& cpu) {
     return finish(trap);
 }
 
-/// Hidden parts are flat: in 64-bit mode only the bases of FS and GS count, and code at CPL 3 may use DPL 3
-/// only.
-void Switcher::sync_segments(const VirtualCpu& cpu) {
-    if (machine_.segment_base(SegmentName::fs) != cpu.fs.base)
-        machine_.set_segment_base(SegmentName::fs, cpu.fs.base);
-    if (machine_.segment_base(SegmentName::gs) != cpu.gs.base)
-        machine_.set_segment_base(SegmentName::gs, cpu.gs.base);
-    if (!traits_.own_gdt)
+/// What the guest has loaded without a trap: the bases of FS and GS, null selectors, and the machine's CS and
+/// SS, whose selectors it can read.
+void Switcher::take_segments(VirtualCpu& cpu) {
+    cpu.fs.base = machine_.segment_base(SegmentName::fs);
+    cpu.gs.base = machine_.segment_base(SegmentName::gs);
+    if (!traits_.own_gdt && code_.long_mode)
         return;
+    std::size_t i = 0;
     for (const auto& [name, segment] : data_segments(cpu)) {
-        if (machine_.selector(name) == segment->selector)
+        Segment& known = data_[i++];
+        const std::uint16_t selector = machine_.selector(name);
+        if (selector == known.selector)
             continue;
-        Segment loaded = flat(segment->selector, false, 3);
-        loaded.base = segment->base;
-        loaded.present = segment->present;
-        machine_.set_segment(name, loaded);
+        known = Segment{.selector = selector};
+        if ((selector | 3) == stack_.selector)
+            *segment = cpu.ss;
+        else if ((selector | 3) == code_.selector)
+            *segment = cpu.cs;
+        else
+            *segment = Segment{.selector = selector, .base = segment->base};
     }
+}
+
+/// Gives the machine the guest's data segments. Where its GDT is not ours, 64-bit code has those that the
+/// host gives it, of which only the bases of FS and GS count.
+void Switcher::put_segments(const VirtualCpu& cpu) {
+    const bool given = !traits_.own_gdt && cpu.cs.long_mode;
+    std::size_t i = 0;
+    for (const auto& [name, segment] : data_segments(cpu)) {
+        Segment wanted = given ? Segment{} : for_machine(*segment, segment->selector);
+        wanted.base = 0; // compared below, for the guest may change it
+        Segment& known = data_[i++];
+        if (known != wanted) {
+            known = wanted;
+            wanted.base = segment->base;
+            machine_.set_segment(name, wanted);
+        } else if (machine_.segment_base(name) != segment->base) {
+            machine_.set_segment_base(name, segment->base);
+        }
+    }
+}
+
+/// The machine's CS and SS for `cpu`: flat for 64-bit code, where no more than that counts, and otherwise the
+/// guest's own with the machine's selectors.
+void Switcher::choose_code_and_stack(const VirtualCpu& cpu) {
+    Segment code = flat(traits_.own_gdt ? guest_cs : host_user_code, true, 3);
+    Segment stack = flat(traits_.own_gdt ? guest_ss : host_user_data, false, 3);
+    if (!cpu.cs.long_mode) {
+        code = for_machine(cpu.cs, guest_cs);
+        stack = for_machine(cpu.ss, guest_ss);
+        if (!cpu.ss.present) { // left behind by 64-bit code: nothing can be accessed by it
+            stack = flat(guest_ss, false, 3);
+            stack.limit = 0;
+            stack.granularity = false;
+        }
+    }
+    if (code != code_)
+        set_descriptor(code);
+    if (stack != stack_)
+        set_descriptor(stack);
+    code_ = code;
+    stack_ = stack;
 }
 
 void Switcher::enter(const VirtualCpu& cpu, MachineFrame root, const Debt& debt, const TablePool& pool,
                      std::optional<NativePortAccess> access) {
-    const std::uint16_t cs = traits_.own_gdt ? guest_cs : host_user_code;
-    const std::uint16_t ss = traits_.own_gdt ? guest_ss : host_user_data;
+    const Segment old_code = code_, old_stack = stack_;
+    choose_code_and_stack(cpu);
     const bool in_ring0 = (machine_.selector(SegmentName::cs) & 3) == 0;
     if (root_ == MachineFrame() || debt.root_gone) // ring-0 code needs tables from its first instruction on
         machine_.set_cr3(root);
     const bool switching = root != root_;
-    sync_segments(cpu);
+    put_segments(cpu);
     machine_.write_gprs(cpu.gpr);
     alignment_flag_hidden_ = std::exchange(hide_alignment_flag_, false);
     if (alignment_checks_ != wants_alignment_checks(cpu))
@@ -358,10 +413,10 @@ void Switcher::enter(const VirtualCpu& cpu, MachineFrame root, const Debt& debt,
     if (!through_ring0) {
         if (switching)
             machine_.set_cr3(root);
-        if (in_ring0) {
-            machine_.set_segment(SegmentName::cs, flat(cs, true, 3));
-            machine_.set_segment(SegmentName::ss, flat(ss, false, 3));
-        }
+        if (in_ring0 || code_ != old_code)
+            machine_.set_segment(SegmentName::cs, code_);
+        if (in_ring0 || stack_ != old_stack)
+            machine_.set_segment(SegmentName::ss, stack_);
         machine_.set_rip(cpu.rip);
         machine_.set_rflags(machine_flags(cpu));
         root_ = root;
@@ -382,10 +437,10 @@ void Switcher::enter(const VirtualCpu& cpu, MachineFrame root, const Debt& debt,
     const auto run = [&](const std::byte* routine) {
         machine_.set_rip(address(image_page * page_size + image_offset(routine)));
     };
-    push(ss);
+    push(stack_.selector);
     push(cpu[Gpr::rsp]);
     push(machine_flags(cpu));
-    push(cs);
+    push(code_.selector);
     push(cpu.rip);
     const bool paying = switching || !debt.none();
     if (access) {

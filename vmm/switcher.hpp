@@ -81,8 +81,8 @@ class Switcher {
                std::optional<NativePortAccess> access = std::nullopt);
 
     /// Control registers that the machine honours for the guest: FPU and SSE state, FSGSBASE, TSD, alignment
-    /// checks. `allowed_cr4`: what KVM lets the machine have; UMIP is set if it may be, so that sgdt and its
-    /// kin trap.
+    /// checks, EFER.SCE. `allowed_cr4`: what KVM lets the machine have; UMIP is set if it may be, so that
+    /// sgdt and its kin trap.
     void set_control(const VirtualCpu& cpu, std::uint64_t allowed_cr4);
 
     /// To be asked at each #AC of the machine. True if the guest's CPU would not have raised it: the guest
@@ -105,20 +105,26 @@ class Switcher {
     address(std::size_t offset) const; ///< of a byte of the area, in the reserved slot
     [[nodiscard]] std::uint64_t machine_flags(const VirtualCpu& cpu) const;
     void set_alignment_checks(const VirtualCpu& cpu);
-    void sync_segments(const VirtualCpu& cpu);
+    void take_segments(VirtualCpu& cpu);
+    void put_segments(const VirtualCpu& cpu);
+    void choose_code_and_stack(const VirtualCpu& cpu);
+    void set_descriptor(const Segment& segment);
 
     MonitorMemory& memory_;
     Vcpu& machine_;
     HostTraits traits_;
-    std::size_t block_;                               ///< offset of this vCPU's pages in the switcher's area
-    std::size_t stack_top_;                           ///< offset of the end of its entry stack
-    MachineVirt base_;                                ///< where the reserved slot begins
-    std::uint64_t syscall_entry_ = 0;                 ///< LSTAR
-    MachineFrame root_;                               ///< loaded in the machine's CR3
-    std::uint64_t control_cr0_ = 0, control_cr4_ = 0; ///< as set_control chose them, without CR0.AM
-    bool alignment_checks_ = false;                   ///< the machine's CR0.AM
-    bool hide_alignment_flag_ = false;                ///< the next entry leaves EFLAGS.AC out
-    bool alignment_flag_hidden_ = false;              ///< the last one did
+    std::size_t block_;               ///< offset of this vCPU's pages in the switcher's area
+    std::size_t stack_top_;           ///< offset of the end of its entry stack
+    MachineVirt base_;                ///< where the reserved slot begins
+    std::uint64_t syscall_entry_ = 0; ///< LSTAR
+    MachineFrame root_;               ///< loaded in the machine's CR3
+    std::uint64_t control_cr0_ = 0, control_cr4_ = 0,
+                  control_efer_ = 0;     ///< as set_control chose them, without CR0.AM
+    bool alignment_checks_ = false;      ///< the machine's CR0.AM
+    bool hide_alignment_flag_ = false;   ///< the next entry leaves EFLAGS.AC out
+    bool alignment_flag_hidden_ = false; ///< the last one did
+    Segment code_, stack_;               ///< CS and SS that the guest runs with
+    std::array<Segment, 4> data_{};      ///< DS, ES, FS, GS in the machine, without their bases
 };
 
 } // namespace umbra
