@@ -1,10 +1,12 @@
 // The command line of umbra.
 
 #include "launcher/debug.hpp"
+#include "launcher/inspect.hpp"
 #include "launcher/probe.hpp"
 #include "launcher/run.hpp"
 #include "vmm/cpu_model.hpp"
 #include "vmm/error.hpp"
+#include "vmm/loader/kernel_file.hpp"
 
 #include <CLI/CLI.hpp>
 #include <spdlog/sinks/stdout_color_sinks.h>
@@ -40,6 +42,55 @@ std::string seconds(const std::string& text) {
     if (CLI::detail::lexical_cast(text, value) && value >= 0.001 && value <= 1e9)
         return {};
     return fmt::format("'{}' is not a number of seconds from 0.001 to 1000000000", text);
+}
+
+/// How the kernel is loaded, where that is not as its file says.
+void add_loader_options(CLI::App& run, RunOptions& options) {
+    constexpr const char* group = "Loading";
+    std::vector<std::string> protocols;
+    protocols.reserve(umbra::kernel_protocols.size());
+    for (const umbra::KernelProtocol protocol : umbra::kernel_protocols)
+        protocols.emplace_back(umbra::name(protocol));
+    run.add_option(
+           "--protocol", options.protocol,
+           "Boot protocol, if not the first that the file offers (see umbra inspect); flat and flat32: "
+           "a binary that is entered in 64-bit mode, as umbra's own ELF kernels are, or in 32-bit "
+           "protected mode")
+        ->check(CLI::IsMember(protocols))
+        ->type_name("NAME")
+        ->group(group);
+    run.add_option("--module", options.modules,
+                   "A module for a multiboot or PVH kernel, and what the kernel is told with it [the file's "
+                   "name]; may be repeated")
+        ->type_name("FILE[,ARGS]")
+        ->allow_extra_args(false)
+        ->group(group);
+    run.add_option("--load-address", options.load_address, "Where a flat binary is loaded, e.g. 0x100000")
+        ->type_name("ADDRESS")
+        ->group(group);
+    run.add_option("--entry", options.entry, "Where a flat binary is entered [its load address]")
+        ->type_name("ADDRESS")
+        ->group(group);
+    run.add_flag("--guest-decompress", options.guest_decompress,
+                 "Let a Linux bzImage unpack itself in the guest")
+        ->group(group);
+    run.add_flag("--force", options.force,
+                 "Run a Linux kernel also where this host's KVM lacks what it needs")
+        ->group(group);
+}
+
+/// The devices, beside the serial console.
+void add_platform_options(CLI::App& run, RunOptions& options) {
+    constexpr const char* group = "Platform";
+    run.add_option("--screen", options.screen, "Write the VGA text screen to a file at the end of the run")
+        ->type_name("FILE")
+        ->group(group);
+    run.add_option("--fw-cfg", options.fw_cfg,
+                   "An item of QEMU's firmware configuration device: name=NAME,string=TEXT or "
+                   "name=NAME,file=FILE; may be repeated")
+        ->type_name("ITEM")
+        ->allow_extra_args(false)
+        ->group(group);
 }
 
 /// How the guest's page tables are shadowed, and what is watched there.
@@ -97,17 +148,22 @@ void add_shadow_options(CLI::App& run, RunOptions& options) {
 /// What every way to run a guest takes.
 void add_guest_options(CLI::App* run, RunOptions& options) {
     run->footer(exit_codes);
-    run->add_option("kernel", options.kernel, "64-bit ELF or Linux bzImage")->required()->type_name("KERNEL");
+    run->add_option("kernel", options.kernel,
+                    "ELF, multiboot, PVH or Linux kernel, or a flat binary; may be compressed")
+        ->required()
+        ->type_name("KERNEL");
     run->add_option("args", options.arguments, "Added to the kernel's command line (after --)")
         ->type_name("ARGS");
     run->add_option("-m,--memory", options.memory, "Guest memory, e.g. 64M or 1G; a bare number is in MiB")
         ->capture_default_str()
         ->type_name("SIZE");
     run->add_option("--append", options.append, "The kernel's command line")->type_name("TEXT");
-    run->add_option("--initrd", options.initrd, "Initial RAM disk")->type_name("FILE");
+    run->add_option(
+           "--initrd", options.initrd,
+           "Initial RAM disk; modules of a multiboot kernel, as QEMU has it: \"FILE ARGS,FILE ARGS\"")
+        ->type_name("FILE");
     run->add_option("--serial", options.serial,
-                    "Where the serial console goes: stdio, none, or a file's name")
-        ->capture_default_str()
+                    "Where the serial console goes: stdio, none, or a file's name [stdio]")
         ->type_name("WHERE");
     run->add_option("--timeout", options.timeout, "End the run after so many seconds")
         ->check(seconds)
@@ -146,12 +202,24 @@ void add_guest_options(CLI::App* run, RunOptions& options) {
     run->add_option("--core-on-failure", options.core_on_failure,
                     "Write the memory and registers of a guest that does not pass to a file that gdb opens")
         ->type_name("FILE");
+    add_loader_options(*run, options);
+    add_platform_options(*run, options);
     add_shadow_options(*run, options);
 }
 
 CLI::App* add_run(CLI::App& app, RunOptions& options) {
     CLI::App* run = app.add_subcommand("run", "Run a guest kernel");
     add_guest_options(run, options);
+    run->add_option_function<std::string>(
+           "--display", [&options](const std::string& what) { options.display = what == "text"; },
+           "text: show the guest's VGA text screen on this terminal, where the serial console is not then")
+        ->check(CLI::IsMember({"text", "none"}))
+        ->default_str("none")
+        ->type_name("WHAT")
+        ->group("Platform");
+    run->add_flag("--keyboard", options.keyboard,
+                  "Type standard input on the guest's keyboard, not into its serial port")
+        ->group("Platform");
     run->add_option(
            "--gdb", options.gdb,
            "Serve gdb's and LLDB's remote protocol at [HOST:]PORT or unix:PATH; without a host, only to "
@@ -206,6 +274,10 @@ int launch(int argc, char** argv) {
         app.add_subcommand("probe", "Tell what kind of KVM host this is, and what that means for guests");
     bool json = false;
     probe->add_flag("--json", json, "For programs");
+    CLI::App* inspect =
+        app.add_subcommand("inspect", "Tell how a kernel file can be loaded, and what is in it");
+    std::string inspected;
+    inspect->add_option("kernel", inspected, "The file")->required()->type_name("KERNEL");
 
     try {
         app.parse(argc, argv);
@@ -215,6 +287,8 @@ int launch(int argc, char** argv) {
     set_up_logging(debug->parsed() ? debug_options.run.log_level : run_options.log_level);
     if (debug->parsed())
         return umbra::debug_command(std::move(debug_options));
+    if (inspect->parsed())
+        return umbra::inspect_command(inspected);
     return run->parsed() ? umbra::run_command(run_options) : umbra::probe_command(json);
 }
 

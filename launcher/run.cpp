@@ -1,6 +1,7 @@
 #include "launcher/run.hpp"
 
 #include "launcher/console.hpp"
+#include "launcher/display.hpp"
 #include "vmm/debug/core_file.hpp"
 #include "vmm/debug/server.hpp"
 #include "vmm/debug/session.hpp"
@@ -24,7 +25,9 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <memory>
+#include <utility>
 
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
@@ -123,6 +126,24 @@ std::string command_line(const RunOptions& options) {
     return line;
 }
 
+/// What --serial says, or would have to say.
+std::string serial_place(const RunOptions& options) {
+    if (!options.serial.empty())
+        return options.serial;
+    return options.display ? "none" : "stdio"; // the terminal has one use
+}
+
+std::vector<FwCfgFile> fw_cfg_files(const RunOptions& options) {
+    std::vector<FwCfgFile> files;
+    for (const std::string& text : options.fw_cfg) {
+        const FwCfgOption item = parse_fw_cfg(text);
+        const auto value = std::as_bytes(std::span(item.value));
+        files.push_back({item.name, item.is_file ? read_file(item.value, "fw_cfg item")
+                                                 : std::vector<std::byte>{value.begin(), value.end()}});
+    }
+    return files;
+}
+
 /// Where the serial console goes: a file of our own, or standard output.
 File open_serial(const std::string& serial) {
     if (serial == "stdio" || serial == "none")
@@ -134,16 +155,134 @@ File open_serial(const std::string& serial) {
     return file;
 }
 
-LoadedKernel load(const RunOptions& options, std::span<const std::byte> kernel,
-                  std::span<const std::byte> initrd, const GuestMemory& memory) {
-    const std::string line = command_line(options);
+/// An address as users write it.
+std::optional<GuestPhys> parse_address(const std::string& text, const char* option) {
+    if (text.empty())
+        return std::nullopt;
+    const bool hexadecimal = text.starts_with("0x") || text.starts_with("0X");
+    const char* const end = text.data() + text.size();
+    std::uint64_t value = 0;
+    const auto [rest, error] =
+        std::from_chars(text.data() + (hexadecimal ? 2 : 0), end, value, hexadecimal ? 16 : 10);
+    if (error != std::errc() || rest != end)
+        throw StartupError(
+            ExitCode::bad_usage,
+            fmt::format("{} '{}' is no address: write a number such as 0x100000", option, text));
+    return GuestPhys(value);
+}
+
+std::optional<KernelProtocol> parse_protocol(const std::string& text) {
+    if (text.empty())
+        return std::nullopt;
+    const auto protocol = kernel_protocol(text);
+    if (!protocol)
+        throw StartupError(ExitCode::bad_usage, fmt::format("--protocol '{}' is unknown", text));
+    return protocol;
+}
+
+/// A module's file and what the kernel is told with it.
+struct ModuleFile {
+    std::vector<std::byte> contents;
+    std::string arguments;
+};
+
+/// FILE[,ARGS]; without arguments the file's name stands for them.
+ModuleFile read_module(const std::string& text) {
+    const std::size_t comma = text.find(',');
+    return {read_file(text.substr(0, comma), "module"),
+            comma == std::string::npos ? text : text.substr(comma + 1)};
+}
+
+/// QEMU's -initrd for multiboot: "FILE ARGS,FILE ARGS", where the kernel is told all of each.
+std::vector<ModuleFile> read_initrd_modules(std::string_view text) {
+    std::vector<ModuleFile> modules;
+    while (!text.empty()) {
+        const std::string_view module = text.substr(0, text.find(','));
+        text.remove_prefix(std::min(text.size(), module.size() + 1));
+        modules.push_back(
+            {read_file(std::string(module.substr(0, module.find(' '))), "module"), std::string(module)});
+    }
+    return modules;
+}
+
+/// Calls `action`, whose failure is the kernel's.
+template<class Action>
+auto with_kernel_named(const RunOptions& options, Action action) {
     try {
-        return load_kernel(kernel, {.command_line = line, .initrd = initrd}, memory);
+        return action();
     } catch (const StartupError& error) {
         throw StartupError(error.code(),
                            fmt::format("cannot load kernel '{}': {}", options.kernel, error.what()));
     }
 }
+
+std::vector<std::byte> read_kernel(const RunOptions& options) {
+    std::vector<std::byte> file = read_file(options.kernel);
+    return with_kernel_named(options, [&] { return unpack_kernel_file(std::move(file)); });
+}
+
+/// All that is loaded into the guest.
+class GuestFiles {
+  public:
+    explicit GuestFiles(const RunOptions& options)
+        : name_(options.kernel), command_line_(command_line(options)),
+          protocol_(parse_protocol(options.protocol)), guest_decompress_(options.guest_decompress),
+          load_address_(parse_address(options.load_address, "--load-address")),
+          entry_(parse_address(options.entry, "--entry")), kernel_(read_kernel(options)) {
+        for (const std::string& text : options.modules)
+            modules_.push_back(read_module(text));
+        name_modules();
+        const KernelFile file = read_kernel_file(kernel_);
+        is_linux_ = file.is_linux();
+        const KernelProtocol chosen =
+            with_kernel_named(options, [&] { return choose_protocol(file, request()); });
+        if (options.initrd.empty())
+            return;
+        if (!takes_modules(chosen)) {
+            initrd_ = read_file(options.initrd, "initrd");
+            return;
+        }
+        std::vector<ModuleFile> all = read_initrd_modules(options.initrd);
+        std::ranges::move(modules_, std::back_inserter(all));
+        modules_ = std::move(all);
+        name_modules();
+    }
+    GuestFiles(const GuestFiles&) = delete;
+    GuestFiles& operator=(const GuestFiles&) = delete;
+    GuestFiles(GuestFiles&&) = delete;
+    GuestFiles& operator=(GuestFiles&&) = delete;
+    ~GuestFiles() = default;
+
+    /// Not compressed.
+    [[nodiscard]] std::span<const std::byte> kernel() const { return kernel_; }
+    [[nodiscard]] bool is_linux() const { return is_linux_; }
+    /// Refers to this.
+    [[nodiscard]] LoadRequest request() const {
+        return {.command_line = command_line_,
+                .initrd = initrd_,
+                .modules = boot_modules_,
+                .name = name_,
+                .protocol = protocol_,
+                .guest_decompress = guest_decompress_,
+                .load_address = load_address_,
+                .entry = entry_};
+    }
+
+  private:
+    void name_modules() {
+        boot_modules_.clear();
+        for (const ModuleFile& module : modules_)
+            boot_modules_.push_back({module.contents, module.arguments});
+    }
+
+    std::string name_, command_line_;
+    std::optional<KernelProtocol> protocol_;
+    bool guest_decompress_, is_linux_ = false;
+    std::optional<GuestPhys> load_address_, entry_;
+    std::vector<std::byte> kernel_, initrd_;
+    std::vector<ModuleFile> modules_;
+    std::vector<BootModule> boot_modules_; ///< of modules_
+};
 
 /// A guest that KVM shut down at ring 0 leaves no state: the vCPU has been reset.
 bool wants_report(const Verdict& verdict, EngineKind engine) {
@@ -179,15 +318,13 @@ int process_exit_code(const RunOptions& options, const Verdict& verdict) {
 
 /// What every run of the guest begins with, and what outlives a reset by the debugger.
 struct Session {
-    Session(const RunOptions& run_options, std::vector<std::byte> file, int serial_fd)
-        : options(run_options), kernel(std::move(file)),
-          initrd(options.initrd.empty() ? std::vector<std::byte>{} : read_file(options.initrd, "initrd")),
-          memory_bytes(parse_memory_size(options.memory)),
+    Session(const RunOptions& run_options, int serial_fd)
+        : options(run_options), files(options), memory_bytes(parse_memory_size(options.memory)),
           cpu(options.cpu.empty() ? CpuChoice() : CpuChoice::parse(options.cpu)),
-          symbols(Symbols::from_elf(kernel)), output(serial_fd, options.expect, control) {}
+          symbols(Symbols::from_elf(files.kernel())), output(serial_fd, options.expect, control) {}
 
     const RunOptions& options;
-    const std::vector<std::byte> kernel, initrd;
+    const GuestFiles files;
     const std::uint64_t memory_bytes;
     const CpuChoice cpu;
     const Symbols symbols;
@@ -231,6 +368,23 @@ void save_core(const RunOptions& options, const Engine& engine, Machine& machine
         spdlog::info("core written: gdb {} {}", options.kernel, options.core_on_failure);
 }
 
+/// Linux saves and restores its interrupt flag with instructions that do not trap, and builds on what CPUID
+/// shows. Where both are the host's, it gets as far as its first program and goes wrong on the way.
+void require_linux_host(const RunOptions& options, const HostTraits& traits) {
+    if (traits.iopl_honoured && traits.cpuid_intercepted)
+        return;
+    const std::string why = fmt::format(
+        "this host's KVM shows the guest {}{}{} in place of its own (see umbra probe), with which "
+        "Linux goes wrong",
+        traits.iopl_honoured ? "" : "the host's interrupt flag",
+        traits.iopl_honoured || traits.cpuid_intercepted ? "" : " and ",
+        traits.cpuid_intercepted ? "" : "the host's CPUID");
+    if (!options.force)
+        throw StartupError(ExitCode::host_cannot,
+                           why + ": run it where KVM has VT-x or SVM, or all the same with --force");
+    spdlog::warn("{}", why);
+}
+
 /// From the machine's making to its end.
 Verdict run_once(Session& session, int& exit_code) {
     const RunOptions& options = session.options;
@@ -240,16 +394,25 @@ Verdict run_once(Session& session, int& exit_code) {
                                   .pool_bytes = shadow ? pool_bytes(options, session.memory_bytes) : 0,
                                   .cpu = session.cpu,
                                   .serial_output = output.sink(),
-                                  .debug_output = output.sink()});
-    const LoadedKernel kernel_image = load(options, session.kernel, session.initrd, machine.memory());
-    const VirtualCpu boot = boot_cpu(kernel_image);
+                                  .debug_output = output.sink(),
+                                  .fw_cfg = fw_cfg_files(options),
+                                  .keyboard = options.keyboard});
+    const auto screen = [&machine] {
+        return vga_screen(machine.memory(), machine.platform().vga_text_state());
+    };
+    const LoadedKernel kernel = with_kernel_named(options, [&] {
+        return load_kernel(session.files.kernel(), session.files.request(), machine.memory());
+    });
+    const VirtualCpu boot = boot_cpu(kernel);
     // After the machine was made: KVM is still busy with its timer then (Vm::create_interrupt_controllers).
     const HostTraits traits = shadow ? probe_traits(session.kvm) : HostTraits{};
     if (shadow && !traits.cpuid_intercepted && !session.cpu.none())
         spdlog::warn(
             "this host does not intercept CPUID: the guest sees the host's features; --cpu only decides "
             "which of them work");
-    GuestChecks checks(check_options(options, session.kernel, session.symbols), machine.memory());
+    if (shadow && session.files.is_linux())
+        require_linux_host(options, traits);
+    GuestChecks checks(check_options(options, session.files.kernel(), session.symbols), machine.memory());
     MonitorOptions monitor = monitor_options(options, checks);
     if (session.debugger)
         monitor.frontend = &*session.debugger;
@@ -260,9 +423,8 @@ Verdict run_once(Session& session, int& exit_code) {
         session.debugger->serve_engine(*engine, machine);
     if (!options.trace.empty())
         engine->log().trace_to(options.trace);
-    spdlog::debug("{}: {}, entered at {}, {} MB, {} engine", options.kernel,
-                  kernel_image.protocol == BootProtocol::elf64 ? "64-bit ELF" : "Linux 64-bit boot protocol",
-                  kernel_image.entry, session.memory_bytes >> 20, shadow ? "shadow" : "native");
+    spdlog::debug("{}: protocol {}, entered at {}, {} MB, {} engine", options.kernel, name(kernel.protocol),
+                  kernel.entry, session.memory_bytes >> 20, shadow ? "shadow" : "native");
     if (shadow)
         spdlog::debug("host: userspace stores {}, IOPL {}, CPUID {}, resumed by {}",
                       traits.stores_seen ? "seen" : "not seen",
@@ -276,7 +438,11 @@ Verdict run_once(Session& session, int& exit_code) {
     Verdict verdict = checks.judge([&] {
         const Attendant attendant(
             session.control,
-            {.timeout = timeout, .input = options.serial == "stdio" && options.serial_input});
+            {.timeout = timeout,
+             .input = (options.keyboard || serial_place(options) == "stdio") && options.serial_input});
+        std::optional<TextDisplay> display;
+        if (options.display)
+            display.emplace(STDOUT_FILENO, screen);
         return engine->run(session.control);
     }());
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
@@ -292,6 +458,9 @@ Verdict run_once(Session& session, int& exit_code) {
         spdlog::warn("some of the guest's output was lost: {}", output.failure());
     if (wants_report(verdict, options.engine))
         std::fputs(make_report(*engine, machine, session.symbols, verdict).c_str(), stderr);
+    if (!options.screen.empty())
+        if (const auto problem = save_screen(options.screen, screen()))
+            spdlog::warn("the screen was not written to '{}': {}", options.screen, *problem);
     if (!options.core_on_failure.empty() && verdict.kind != Verdict::Kind::passed)
         save_core(options, *engine, machine);
     if (options.stats != StatsFormat::none) {
@@ -309,10 +478,16 @@ Verdict run_once(Session& session, int& exit_code) {
 } // namespace
 
 int run_command(const RunOptions& options) {
-    std::vector<std::byte> kernel = read_file(options.kernel);
-    const File serial_file = open_serial(options.serial);
-    const int serial_fd = options.serial == "stdio" ? STDOUT_FILENO : serial_file.get();
-    Session session(options, std::move(kernel), serial_fd);
+    const std::string serial = serial_place(options);
+    const File serial_file = open_serial(serial);
+    const int serial_fd = serial == "stdio" ? STDOUT_FILENO : serial_file.get();
+    if (options.display) {
+        if (serial == "stdio")
+            throw StartupError(ExitCode::bad_usage,
+                               "--display text and --serial stdio want the same terminal");
+        require_terminal(STDOUT_FILENO);
+    }
+    Session session(options, serial_fd);
     serve_debugger(session);
     int exit_code = 0;
     while (run_once(session, exit_code).kind == Verdict::Kind::restart) {

@@ -17,8 +17,18 @@ struct RunOptions {
     std::vector<std::string> arguments; ///< joined to the command line
     std::string memory = "128M";
     std::string append;
-    std::string initrd;
-    std::string serial = "stdio";
+    std::string initrd;               ///< for protocols with modules: FILE[ ARGS][,...], as QEMU has it
+    std::vector<std::string> modules; ///< FILE[,ARGS]
+    std::string protocol;             ///< kernel_protocol()'s name; empty: as the file offers
+    std::string load_address, entry;  ///< of a flat binary, decimal or 0x and hexadecimal; empty: not told
+    bool force = false;               ///< run what this host is known not to run rightly
+    bool guest_decompress = false;
+    std::string serial;              ///< stdio, none or a file; empty: stdio, or none with `display`
+    bool keyboard = false;           ///< standard input goes to the keyboard, not to the serial port
+    bool display = false;            ///< the text screen is shown on the terminal
+    bool serial_input = true;        ///< with `serial` stdio or `keyboard`: standard input goes to the guest
+    std::string screen;              ///< where the text screen goes at the end; empty: nowhere
+    std::vector<std::string> fw_cfg; ///< items: see parse_fw_cfg
     std::string trace;
     std::string expect;
     std::string cpu;                ///< see CpuChoice::parse; empty: nothing chosen
@@ -32,11 +42,10 @@ struct RunOptions {
     std::vector<std::string> page_table_code; ///< FUNCTION or START-END, hexadecimal
     EngineKind engine = EngineKind::shadow;
     StatsFormat stats = StatsFormat::none;
+    std::string gdb;    ///< where to serve a debugger: GdbAddress::parse; empty: nowhere
+    bool pause = false; ///< wait for the debugger before the first instruction
     bool qemu_exit = false;
-    std::string gdb;             ///< where to serve a debugger: GdbAddress::parse; empty: nowhere
-    bool pause = false;          ///< wait for the debugger before the first instruction
     std::string core_on_failure; ///< where a core of a guest that did not pass goes; empty: nowhere
-    bool serial_input = true;    ///< with `serial` stdio: standard input goes to the guest
     /// A debugger can connect to this address; `end` ends the run. `umbra debug` starts gdb then, and the run
     /// ends when its client goes.
     std::function<void(const std::string& address, std::function<void()> end)> debugger_ready;

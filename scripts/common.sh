@@ -3,6 +3,7 @@
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 kernel_cache=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/umbra/kernel
+guests_cache=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/umbra/guests # kernels that are only run by umbra
 
 die() {
     printf '%s: %s\n' "${0##*/}" "$1" >&2
@@ -28,6 +29,34 @@ find_cloud_kernel() {
         done < <(printf '%s\n' "$root"/boot/vmlinuz-*-cloud-amd64 | sort -rV)
     done
     return 1
+}
+
+# Usage: collect_kernels FOLDER. Puts the real kernels that the integration tests boot into it, by names that do not
+# change: those that are on this machine (scripts/setup).
+collect_kernels() {
+    local folder=$1 name kernel
+    mkdir -p "$folder"
+    if kernel=$(find_cloud_kernel); then
+        cp "${kernel%%$'\t'*}" "$folder/vmlinuz" && "$repo/scripts/make-initramfs" "$folder/initramfs"
+    fi
+    for name in gnumach.gz xen.gz invaders; do
+        if [[ -r $guests_cache/$name ]]; then cp "$guests_cache/$name" "$folder/$name"; fi
+    done
+}
+
+# Copies HOST (file or directory) to GUEST in the tree of files at ROOT, with the shared libraries of the programs in it.
+# Copies and not links: a later addition may go into a directory that an earlier one brought.
+add_files() {
+    local root=$1 host=$2 guest=$3 file library
+    [[ -e $host ]] || die "$host: no such file" 2
+    mkdir -p "$root/$(dirname "$guest")"
+    cp -RLT --preserve=mode,timestamps "$host" "$root/$guest" || die "cannot read $host" 2
+    while read -r file; do
+        # A guest kernel or a static program has no libraries, and a script is no program: ldd fails, rightly.
+        while read -r library; do
+            [[ -e $root/$library ]] || install -D -m 755 "$library" "$root/$library"
+        done < <(ldd "$file" 2>/dev/null | grep -o '/[^ ]*')
+    done < <(find -L "$host" -type f -perm -u+x)
 }
 
 # Prints the names of the project's C++ sources, one a line, from the root of the repository.

@@ -180,6 +180,8 @@ class Executor {
     Emulation far_return();
     Emulation interrupt_return();
     Emulation system_return();
+    Emulation fast_system_call();
+    Emulation fast_system_return();
     Emulation invalidate_page();
     Emulation invalidate_pcid();
     Emulation read_msr();
@@ -192,9 +194,6 @@ class Executor {
     Emulation access_flag();
 
     [[nodiscard]] Fault check_target(const Segment& code, std::uint64_t offset) const;
-    [[nodiscard]] bool runnable(const Segment& code, std::uint8_t cpl) const {
-        return code.long_mode || cpl == 3 || !in_long_mode(*cpu_);
-    }
     void enter_code_segment(const Segment& code, std::uint8_t cpl, std::uint64_t rip);
     [[nodiscard]] std::uint64_t edx_eax();
     void set_edx_eax(std::uint64_t value);
@@ -214,8 +213,6 @@ class Executor {
     ZydisDecodedInstruction instruction_{};
     std::array<ZydisDecodedOperand, 2> operands_{}; ///< no sensitive instruction has its memory operand later
 };
-
-constexpr std::string_view compatibility_kernel = "compatibility-mode code below privilege level 3";
 
 // --- Fetching and decoding
 
@@ -553,6 +550,8 @@ Emulation Executor::execute() {
         return access_flag();
     case ZYDIS_MNEMONIC_SYSRET:
         return system_return();
+    case ZYDIS_MNEMONIC_SYSENTER:
+        return fast_system_call();
     case ZYDIS_MNEMONIC_INVPCID:
         return invalidate_pcid();
     // Not offered by CPUID.
@@ -560,8 +559,6 @@ Emulation Executor::execute() {
     case ZYDIS_MNEMONIC_MWAIT:
     case ZYDIS_MNEMONIC_MONITORX:
     case ZYDIS_MNEMONIC_MWAITX:
-    case ZYDIS_MNEMONIC_SYSENTER:
-    case ZYDIS_MNEMONIC_SYSEXIT:
     case ZYDIS_MNEMONIC_RSM:
     case ZYDIS_MNEMONIC_GETSEC:
         return invalid_opcode();
@@ -606,6 +603,8 @@ Emulation Executor::execute_at_level_0() {
         return read_msr();
     case ZYDIS_MNEMONIC_WRMSR:
         return write_msr();
+    case ZYDIS_MNEMONIC_SYSEXIT:
+        return fast_system_return();
     case ZYDIS_MNEMONIC_SWAPGS:
         std::swap(cpu_->gs.base, cpu_->kernel_gs_base);
         return done();
@@ -1086,8 +1085,6 @@ Emulation Executor::far_transfer(bool call) {
             return Unsupported{"a task switch"};
         return Unsupported{call ? "far call through a call gate" : "far jmp through a call gate"};
     }
-    if (!runnable(code, cpu_->cpl))
-        return Unsupported{compatibility_kernel};
     if (auto fault = check_target(code, offset))
         return raise(*fault);
     if (call) {
@@ -1130,8 +1127,6 @@ Emulation Executor::far_return() {
     if (auto fault = check_return_code_segment(*cpu_, *space_, selector, code))
         return raise(*fault);
     const std::uint8_t new_cpl = selector::rpl(selector);
-    if (!runnable(code, new_cpl))
-        return Unsupported{compatibility_kernel};
     const bool outer = new_cpl > cpu_->cpl;
     std::array<std::uint64_t, 2> stack{}; // RSP, SS
     Segment ss;
@@ -1184,8 +1179,6 @@ Emulation Executor::interrupt_return() {
     if (auto fault = check_return_code_segment(*cpu_, *space_, selector, code))
         return raise(*fault);
     const std::uint8_t new_cpl = selector::rpl(selector);
-    if (!runnable(code, new_cpl))
-        return Unsupported{compatibility_kernel};
     const bool outer = new_cpl > cpu_->cpl;
     const bool pops_stack = cpu_->cs.long_mode || outer;
     if (pops_stack && !cpu_->cs.long_mode) {
@@ -1244,6 +1237,37 @@ Emulation Executor::system_return() {
     cpu_->ss = flat_stack_segment(stack, 3);
     cpu_->cpl = 3;
     cpu_->rip = target;
+    return Done{};
+}
+
+/// Intel SDM vol. 2B, SYSENTER. AMD's CPUs have none in long mode; their kernels do not set its MSRs there.
+Emulation Executor::fast_system_call() {
+    const std::uint16_t base = selector::error_code(static_cast<std::uint16_t>(cpu_->sysenter_cs));
+    if (base == 0)
+        return general_protection();
+    const bool long_mode = in_long_mode(*cpu_);
+    cpu_->rflags &= ~(rflags::interrupt | rflags::resume);
+    cpu_->cs = flat_code_segment(base, 0, long_mode);
+    cpu_->ss = flat_stack_segment(static_cast<std::uint16_t>(base + 8), 0);
+    cpu_->cpl = 0;
+    cpu_->rip = long_mode ? cpu_->sysenter_eip : static_cast<std::uint32_t>(cpu_->sysenter_eip);
+    reg(Gpr::rsp) = long_mode ? cpu_->sysenter_esp : static_cast<std::uint32_t>(cpu_->sysenter_esp);
+    return Done{};
+}
+
+/// Intel SDM vol. 2B, SYSEXIT.
+Emulation Executor::fast_system_return() {
+    const std::uint16_t base = selector::error_code(static_cast<std::uint16_t>(cpu_->sysenter_cs));
+    const bool to_64_bit = instruction_.operand_width == 64;
+    if (base == 0 || (to_64_bit && (!canonical(reg(Gpr::rcx)) || !canonical(reg(Gpr::rdx)))))
+        return general_protection();
+    const auto code = static_cast<std::uint16_t>((base + (to_64_bit ? 32 : 16)) | 3);
+    cpu_->rflags &= ~rflags::resume;
+    cpu_->cs = flat_code_segment(code, 3, to_64_bit);
+    cpu_->ss = flat_stack_segment(static_cast<std::uint16_t>(code + 8), 3);
+    cpu_->cpl = 3;
+    cpu_->rip = to_64_bit ? reg(Gpr::rdx) : static_cast<std::uint32_t>(reg(Gpr::rdx));
+    reg(Gpr::rsp) = to_64_bit ? reg(Gpr::rcx) : static_cast<std::uint32_t>(reg(Gpr::rcx));
     return Done{};
 }
 

@@ -12,7 +12,7 @@
 
 namespace umbra {
 
-/// Told of what umbra itself writes into guest memory: stores that no page fault announces.
+/// Told of what umbra itself writes into guest memory for the guest: stores that no page fault announces.
 class StoreObserver {
   public:
     StoreObserver() = default;
@@ -21,8 +21,9 @@ class StoreObserver {
     StoreObserver& operator=(const StoreObserver&) = delete;
     StoreObserver& operator=(StoreObserver&&) = delete;
 
-    /// `size` bytes of RAM at `at` have been written, by this linear address: 1 or more, all in one page.
-    virtual void stored(GuestPhys at, GuestVirt linear, std::size_t size) = 0;
+    /// `size` bytes of RAM at `at` have been written: 1 or more. By the CPU at this linear address, all in
+    /// one page; or by a device, without one.
+    virtual void stored(GuestPhys at, std::optional<GuestVirt> linear, std::size_t size) = 0;
 
   protected:
     ~StoreObserver() = default;

@@ -1,8 +1,10 @@
 #include "vmm/machine.hpp"
 
+#include "vmm/loader/boot_params.hpp"
 #include "vmm/loader/memory_size.hpp"
 
 #include <cstring>
+#include <span>
 
 namespace umbra {
 namespace {
@@ -47,21 +49,31 @@ Vm make_vm(const Kvm& kvm, const GuestMemory& memory, const MonitorMemory& monit
     return vm;
 }
 
-Vcpu make_vcpu(Vm& vm, std::span<const CpuidLeaf> cpuid) {
-    Vcpu vcpu = vm.create_vcpu(0);
-    vcpu.set_cpuid(cpuid);
-    return vcpu;
+/// Gives the vCPU its CPUID, which tells the rate of its TSC.
+std::vector<CpuidLeaf> give_cpuid(const Kvm& kvm, Vcpu& vcpu, const CpuChoice& choice, bool shadow_engine) {
+    std::vector<CpuidLeaf> leaves = guest_cpuid(kvm.supported_cpuid(), choice, shadow_engine, vcpu.tsc_khz());
+    vcpu.set_cpuid(leaves);
+    return leaves;
 }
 
 PlatformConfig platform_config(MachineConfig& config, Vm& vm, const GuestMemory& memory) {
-    constexpr unsigned serial_irq = 4;
+    constexpr unsigned keyboard_irq = 1, second_serial_irq = 3, serial_irq = 4;
+    const auto line = [&vm](unsigned irq) { return [&vm, irq](bool level) { vm.set_irq_line(irq, level); }; };
     PlatformConfig platform;
     platform.serial_output = std::move(config.serial_output);
     platform.debug_output = std::move(config.debug_output);
-    platform.serial_interrupt = [&vm](bool level) { vm.set_irq_line(serial_irq, level); };
+    platform.serial_interrupt = line(serial_irq);
+    platform.second_serial_interrupt = line(second_serial_irq);
+    platform.keyboard_interrupt = line(keyboard_irq);
     for (const GuestMemory::Region& region : memory.regions())
         (region.base < GuestPhys(std::uint64_t{1} << 32) ? platform.low_memory : platform.high_memory) +=
             region.bytes.size();
+    platform.fw_cfg.memory = memory;
+    platform.fw_cfg.files = std::move(config.fw_cfg);
+    platform.type_input = config.keyboard;
+    const auto map = e820_map(memory);
+    const auto entries = std::as_bytes(std::span(map));
+    platform.fw_cfg.files.push_back({"etc/e820", {entries.begin(), entries.end()}});
     return platform;
 }
 
@@ -70,9 +82,8 @@ PlatformConfig platform_config(MachineConfig& config, Vm& vm, const GuestMemory&
 Machine::Machine(const Kvm& kvm, MachineConfig config)
     : kvm_(kvm), ram_(make_ram(config.memory_bytes)), memory_(make_memory(config.memory_bytes, ram_)),
       monitor_(MonitorMemory::default_base(kvm.physical_bits()), config.pool_bytes, best_pool_protection()),
-      cpu_choice_(config.cpu),
-      cpuid_(guest_cpuid(kvm.supported_cpuid(), cpu_choice_, config.pool_bytes != 0)),
-      vm_(make_vm(kvm, memory_, monitor_, config.pool_bytes != 0)), vcpu_(make_vcpu(vm_, cpuid_)),
+      cpu_choice_(config.cpu), vm_(make_vm(kvm, memory_, monitor_, config.pool_bytes != 0)),
+      vcpu_(vm_.create_vcpu(0)), cpuid_(give_cpuid(kvm, vcpu_, cpu_choice_, config.pool_bytes != 0)),
       platform_(platform_config(config, vm_, memory_)) {}
 
 void Machine::complete_port_exit() {
@@ -126,27 +137,34 @@ void Machine::complete_mmio_exit() {
 }
 
 VirtualCpu boot_cpu(const LoadedKernel& kernel) {
+    const bool long_mode = kernel.mode == StartMode::long_mode;
     VirtualCpu cpu;
     cpu.rip = kernel.entry.value();
+    cpu[Gpr::rax] = kernel.rax;
+    cpu[Gpr::rbx] = kernel.rbx;
+    cpu[Gpr::rsi] = kernel.rsi;
+    cpu[Gpr::rdi] = kernel.rdi;
     cpu[Gpr::rsp] = kernel.stack_top.value();
-    cpu[Gpr::rsi] = cpu[Gpr::rdi] = kernel.boot_params.value();
-    cpu.cr0 = cr0::pe | cr0::mp | cr0::et | cr0::ne | cr0::wp | cr0::pg;
-    cpu.cr3 = kernel.page_table_root.value();
-    cpu.cr4 = cr4::pae | cr4::osfxsr | cr4::osxmmexcpt;
-    cpu.efer = efer::lme | efer::lma | efer::nxe;
-    cpu.gdtr = {GuestVirt(kernel.gdt.value()), sizeof(boot_gdt_entries) - 1};
+    cpu.cr0 = cr0::pe | cr0::et;
+    if (long_mode) {
+        cpu.cr0 |= cr0::mp | cr0::ne | cr0::wp | cr0::pg;
+        cpu.cr3 = kernel.page_table_root.value();
+        cpu.cr4 = cr4::pae | cr4::osfxsr | cr4::osxmmexcpt;
+        cpu.efer = efer::lme | efer::lma | efer::nxe;
+    }
+    cpu.gdtr = {GuestVirt(kernel.gdt.value()), kernel.gdt_limit()};
 
     Segment data;
-    data.selector = boot_data_selector;
+    data.selector = kernel.data_selector();
     data.limit = 0xffff'ffff;
     data.type = 0x3; // read/write, accessed
     data.present = data.default_32 = data.granularity = true;
     cpu.ds = cpu.es = cpu.fs = cpu.gs = cpu.ss = data;
     cpu.cs = data;
-    cpu.cs.selector = boot_code_selector;
+    cpu.cs.selector = kernel.code_selector;
     cpu.cs.type = 0xb; // execute/read, accessed
-    cpu.cs.long_mode = true;
-    cpu.cs.default_32 = false;
+    cpu.cs.long_mode = long_mode;
+    cpu.cs.default_32 = !long_mode;
     cpu.tr.type = 0xb; // busy TSS: what a CPU has after reset
     cpu.tr.limit = 0xffff;
     cpu.tr.present = cpu.tr.system = true;

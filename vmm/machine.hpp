@@ -24,6 +24,8 @@ struct MachineConfig {
     CpuChoice cpu{};
     OutputSink serial_output;
     OutputSink debug_output;
+    std::vector<FwCfgFile> fw_cfg{}; ///< the user's items
+    bool keyboard = false;           ///< input() types on the keyboard instead of into the serial port
 };
 
 class Machine {
@@ -56,7 +58,7 @@ class Machine {
         platform_.port_write(Port{port}, size, value);
     }
 
-    /// Input for the guest's serial port; what its queue cannot take yet waits.
+    /// Input for the guest's serial port or keyboard; what its queue cannot take yet waits.
     void input(std::string_view text);
 
     /// The verdict of a guest that has ended its own run; nothing while it goes on.
@@ -68,9 +70,9 @@ class Machine {
     GuestMemory memory_;
     MonitorMemory monitor_;
     CpuChoice cpu_choice_;
-    std::vector<CpuidLeaf> cpuid_;
     Vm vm_;
     Vcpu vcpu_;
+    std::vector<CpuidLeaf> cpuid_; ///< the vCPU has them
     Platform platform_;
     std::string waiting_input_;
 };

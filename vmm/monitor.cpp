@@ -1,5 +1,6 @@
 #include "vmm/monitor.hpp"
 
+#include "vmm/msr_policy.hpp"
 #include "vmm/segmentation.hpp"
 #include "vmm/switcher_layout.h"
 
@@ -49,7 +50,7 @@ constexpr bool audit_every_entry = true;
 #else
 constexpr bool audit_every_entry = false;
 #endif
-constexpr std::uint32_t msr_tsc_aux = 0xc0000103;
+constexpr std::uint32_t msr_tsc = 0x10, msr_tsc_aux = 0xc0000103;
 
 MmuConfig mmu_config(const Machine& machine, const HostTraits& traits, const MonitorOptions& options) {
     MmuConfig config;
@@ -81,17 +82,6 @@ bool pushes_error_code(std::uint8_t vector) {
     return vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21;
 }
 
-/// MSRs whose writes KVM's own model of the CPU may have.
-bool may_write_msr(std::uint32_t index) {
-    constexpr std::uint32_t tsc = 0x10, tsc_adjust = 0x3b, microcode = 0x8b, misc_enable = 0x1a0,
-                            hwcr = 0xc0010015;
-    constexpr std::uint32_t mtrr_first = 0x200, mtrr_last = 0x2ff, machine_check_first = 0x400,
-                            machine_check_last = 0x47f;
-    return index == tsc || index == tsc_adjust || index == microcode || index == misc_enable ||
-           index == hwcr || (index >= mtrr_first && index <= mtrr_last) ||
-           (index >= machine_check_first && index <= machine_check_last);
-}
-
 template<class... Cases>
 struct Overloaded : Cases... {
     using Cases::operator()...;
@@ -114,6 +104,7 @@ Monitor::Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& b
     if (options.frontend != nullptr)
         debugger_.emplace(DebugTarget{cpu_, mmu_, tables_, machine.memory(), machine.vcpu()},
                           *options.frontend);
+    machine.platform().observe_dma([this](GuestPhys at, std::size_t size) { stored(at, {}, size); });
     switcher_.place(placed_slot_);
     mmu_.set_paging(paging());
     refresh_control();
@@ -185,7 +176,7 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
             take_back_flags(trap, own_flags);
         if (after_access_)
             cpu_.rip = *after_access_;
-        trap_.rip = GuestVirt(cpu_.rip);
+        last_rip_ = std::exchange(trap_.rip, GuestVirt(cpu_.rip));
         tell_alignment_check();
     }
     Step verdict;
@@ -403,7 +394,7 @@ Monitor::Step Monitor::handle_page_fault(const Trap& trap) {
         last_fill_ = {};
         if (table_write_)
             finish_table_write();
-        if (miss.trapped_user_fetch)
+        if (miss.trapped_user_fetch || is_user_entry(trap, access))
             return finish_user_entry();
         return deliver_event(Event::of(Exception::page_fault(miss.fault)), TrapReason::page_fault);
     case Miss::table_write:
@@ -445,8 +436,8 @@ void Monitor::finish_table_write() {
     table_write_.reset();
 }
 
-/// umbra's own stores for the guest: by instructions that it emulates, and event frames.
-void Monitor::stored(GuestPhys at, GuestVirt linear, std::size_t size) {
+/// umbra's own stores for the guest: by instructions that it emulates, event frames, and devices.
+void Monitor::stored(GuestPhys at, std::optional<GuestVirt> linear, std::size_t size) {
     const std::vector<TableWrite> writes = tables_.wrote(at, size);
     if (checks_ != nullptr && !writes.empty())
         checks_->table_written(writes, origin());
@@ -462,6 +453,15 @@ bool Monitor::has_untrapped_user_code() {
     Segment code;
     return !read_descriptor(cpu_, space(), Switcher::host_user_code, code) && code.present && is_code(code) &&
            code.dpl == 3;
+}
+
+/// Whether a fetch that the guest's tables refuse to its kernel is the first of a program that an untrapped
+/// `iretq` went to: the page is not there yet, or SMEP forbids it to the kernel. A kernel of the upper half
+/// does not go to the lower one by other means, unless it goes wrong.
+bool Monitor::is_user_entry(const Trap& trap, Access access) {
+    constexpr auto upper_half = [](GuestVirt at) { return at.value() >> 63 != 0; };
+    return access.fetch && !access.user && trap.address == GuestVirt(cpu_.rip) && !upper_half(trap.address) &&
+           upper_half(last_rip_) && has_untrapped_user_code();
 }
 
 /// The guest's kernel has gone to its programs by an `iretq` that did not trap; this fetch did.
@@ -615,6 +615,9 @@ Monitor::Step Monitor::complete_event(const Event& event) {
         std::string how = fmt::format("while vector {} was delivered", event.vector);
         for (const Exception& nested : delivery.nested())
             how += fmt::format(", then {}", static_cast<unsigned>(nested.vector));
+        if (event.vector == static_cast<std::uint8_t>(Vector::invalid_opcode) && !traits_.own_gdt &&
+            !cpu_.cs.long_mode)
+            how += "; this host's KVM interprets 32-bit code, and may not know the instruction";
         return stop(Verdict::Kind::triple_fault, std::move(how));
     }
     case Delivery::unsupported:
@@ -669,14 +672,46 @@ std::optional<std::array<std::uint64_t, 4>> Monitor::pdptes(std::uint64_t cr3) {
 }
 
 std::optional<std::uint64_t> Monitor::read_msr(std::uint32_t index) {
-    return machine_.vcpu().read_msr(index);
+    const MsrRead answer = msr_read(index, features_);
+    switch (answer.kind) {
+    case MsrRead::refused:
+        return std::nullopt;
+    case MsrRead::fixed:
+        return answer.value;
+    case MsrRead::machine:
+        break;
+    }
+    const auto value = machine_.vcpu().read_msr(index);
+    return value ? std::optional(*value & answer.value) : std::nullopt;
 }
 
 bool Monitor::write_msr(std::uint32_t index, std::uint64_t value) {
-    constexpr std::uint32_t apic_base = 0x1b;
-    if (index == apic_base) // the window is fixed
-        return machine_.vcpu().read_msr(apic_base) == value;
-    return may_write_msr(index) && machine_.vcpu().write_msr(index, value);
+    Vcpu& vcpu = machine_.vcpu();
+    switch (msr_write(index, value, features_, machine_.memory())) {
+    case MsrWrite::refused:
+        return false;
+    case MsrWrite::ignored:
+        return true;
+    case MsrWrite::unchanged:
+        return read_msr(index) == value;
+    case MsrWrite::apic_base: {
+        const auto current = vcpu.read_msr(index);
+        if (!current || !apic_base_allowed(*current, value, features_))
+            return false;
+        break;
+    }
+    case MsrWrite::machine:
+        break;
+    }
+    if (!vcpu.write_msr(index, value))
+        return false;
+    cpu_.cr8 = vcpu.cr8(); // the same register as the local APIC's task priority
+    return true;
+}
+
+/// The TSC as RDTSC reads it where it does not trap: KVM may have given the machine an offset.
+std::uint64_t Monitor::read_tsc() {
+    return machine_.vcpu().read_msr(msr_tsc).value_or(timestamp());
 }
 
 CpuidResult Monitor::cpuid(std::uint32_t leaf, std::uint32_t subleaf) {

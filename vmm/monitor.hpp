@@ -28,6 +28,12 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     /// `machine` has a pool for shadow tables.
     Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& boot, MonitorOptions options = {});
 
+    Monitor(const Monitor&) = delete;
+    Monitor& operator=(const Monitor&) = delete;
+    Monitor(Monitor&&) = delete;
+    Monitor& operator=(Monitor&&) = delete;
+    ~Monitor() override { machine_.platform().observe_dma({}); }
+
     [[nodiscard]] Verdict run(RunControl& control) override;
     [[nodiscard]] Mmu* mmu() override { return &mmu_; }
 
@@ -54,6 +60,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     void refresh_control();
     void tell_alignment_check() { mmu_.set_alignment_check((cpu_.rflags & rflags::alignment_check) != 0); }
     [[nodiscard]] bool has_untrapped_user_code();
+    [[nodiscard]] bool is_user_entry(const Trap& trap, Access access);
 
     // The virtual CPU's surroundings.
     std::uint32_t port_read(std::uint16_t port, unsigned size) override {
@@ -66,14 +73,14 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     std::optional<std::uint64_t> read_msr(std::uint32_t index) override;
     bool write_msr(std::uint32_t index, std::uint64_t value) override;
     bool write_xcr0(std::uint64_t value) override { return machine_.vcpu().write_xcr0(value); }
-    std::uint64_t read_tsc() override { return timestamp(); }
+    std::uint64_t read_tsc() override;
     void paging_changed(const PagingChange& change) override;
     std::optional<std::array<std::uint64_t, 4>> pdptes(std::uint64_t cr3) override;
     CpuidResult cpuid(std::uint32_t leaf, std::uint32_t subleaf) override;
     unsigned physical_bits() override { return features_.physical_bits; }
     std::uint64_t cr4_allowed() override { return features_.cr4; }
 
-    void stored(GuestPhys at, GuestVirt linear, std::size_t size) override;
+    void stored(GuestPhys at, std::optional<GuestVirt> linear, std::size_t size) override;
 
     [[nodiscard]] GuestSpace space() { return {machine_.memory(), paging(), this}; }
 
@@ -86,6 +93,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     std::vector<CpuidLeaf> cpuid_;
     std::uint64_t machine_cr4_allowed_; ///< what KVM lets the machine have
     unsigned placed_slot_;
+    GuestVirt last_rip_; ///< where the guest went on after the trap before
     std::uint64_t machine_cr0_ = 0, machine_cr4_ = 0, machine_efer_ = 0,
                   machine_tsc_aux_ = 0;             ///< the guest's, as last told to the machine
     std::optional<NativePortAccess> native_access_; ///< to be made at the next entry

@@ -37,7 +37,7 @@ constexpr std::size_t pool_offset = std::size_t{1} << 30;
 // or SS sees these selectors; what it loads them into is then the same segment, as it should be.
 constexpr std::uint16_t ring0_cs = 0xfc0, ring0_ss = 0xfc8,
                         task = 0xfd0; // `syscall` wants SS right behind CS
-constexpr std::uint16_t guest_ss = 0xfe0 | 3, guest_cs = 0xfe8 | 3;
+constexpr std::uint16_t guest_ss = Switcher::own_data, guest_cs = 0xfe8 | 3;
 
 constexpr std::uint32_t msr_star = 0xc0000081, msr_lstar = 0xc0000082, msr_cstar = 0xc0000083,
                         msr_fmask = 0xc0000084;
@@ -169,10 +169,6 @@ Switcher::Switcher(SwitcherRegion& region, Vcpu& machine, const HostTraits& trai
     for (const Segment& segment : {flat(ring0_cs, true, 0), flat(ring0_ss, false, 0),
                                    flat(guest_ss, false, 3), flat(guest_cs, true, 3)})
         set_descriptor(segment);
-    if (!traits_.own_gdt) {
-        set_descriptor(flat(host_user_data, false, 3));
-        set_descriptor(flat(host_user_code, true, 3));
-    }
     // As after a trap: what the machine's reset leaves, real-mode selectors, could be taken for ring 0.
     machine_.set_segment(SegmentName::cs, flat(ring0_cs, true, 0));
     machine_.set_segment(SegmentName::ss, flat(ring0_ss, false, 0));
@@ -282,9 +278,11 @@ Trap Switcher::leave(VirtualCpu& cpu) {
     std::uint64_t flags = machine_.rflags();
     take_segments(cpu);
     const auto finish = [&](Trap trap) {
-        // What the machine's flags cannot tell: IOPL is ours, and where it is not honoured so is IF.
+        // What the machine's flags cannot tell: IOPL is ours, and where it is not honoured so is IF; but a
+        // KVM that runs 64-bit code so interprets the rest, and its interpreter honours IOPL.
         constexpr std::uint64_t ours = rflags::iopl | rflags::nested_task | rflags::virtual_8086;
-        const std::uint64_t kept = ours | (traits_.iopl_honoured ? 0 : rflags::interrupt) |
+        const bool iopl_honoured = traits_.iopl_honoured || !code_.long_mode;
+        const std::uint64_t kept = ours | (iopl_honoured ? 0 : rflags::interrupt) |
                                    (alignment_flag_hidden_ ? rflags::alignment_check : 0);
         cpu.rflags = (flags & ~kept) | (cpu.rflags & kept) | rflags::fixed;
         return trap;
@@ -386,12 +384,17 @@ void Switcher::choose_code_and_stack(const VirtualCpu& cpu) {
             stack.granularity = false;
         }
     }
-    if (code != code_)
-        set_descriptor(code);
-    if (stack != stack_)
-        set_descriptor(stack);
-    code_ = code;
-    stack_ = stack;
+    // The GDT holds these two and no others of CPL 3: any load of another selector traps.
+    const auto replace = [this](Segment& old, const Segment& now) {
+        if (old == now)
+            return;
+        if (old.selector != now.selector)
+            set_descriptor(Segment{.selector = old.selector, .system = true});
+        set_descriptor(now);
+        old = now;
+    };
+    replace(code_, code);
+    replace(stack_, stack);
 }
 
 void Switcher::enter(const VirtualCpu& cpu, MachineFrame root, const Debt& debt, const TablePool& pool,

@@ -64,6 +64,8 @@ class Switcher {
     /// Where the host's GDT is in force, Linux' selectors for its programs: valid at CPL 3 whatever the VM's
     /// GDT says.
     static constexpr std::uint16_t host_user_code = 0x33, host_user_data = 0x2b;
+    /// A data segment of CPL 3 that every machine's own GDT has.
+    static constexpr std::uint16_t own_data = 0xfe0 | 3;
 
     Switcher(SwitcherRegion& region, Vcpu& machine, const HostTraits& traits, unsigned id);
 

@@ -26,7 +26,7 @@ bool sees_stores(ScratchMachine& scratch) {
 /// is in force may interpret the loads that fail in it.
 bool consults_own_gdt(ScratchMachine& scratch) {
     constexpr std::array<std::uint8_t, 3> lsl{0x0f, 0x03, 0xc0}; // lsl %eax, %eax
-    scratch.cpu[Gpr::rax] = 0xfe3;
+    scratch.cpu[Gpr::rax] = Switcher::own_data;
     return scratch.completes(lsl) &&
            static_cast<std::uint32_t>(scratch.cpu[Gpr::rax]) == 0xffff'ffff; // its limit
 }

@@ -28,7 +28,7 @@ void make_spaces(const GuestMemory& memory, unsigned spaces) {
     set(memory, kernel_tables + 2 * page_size, 0, frames);
     for (unsigned space = 0; space < spaces; ++space) {
         const GuestPhys root = space_tables + space * tables_a_space * page_size;
-        (void)memory.write(root, memory.read<std::uint64_t>(boot_page_tables).value());
+        (void)memory.write(root, memory.read<std::uint64_t>(BootArea{}.page_tables()).value());
         set(memory, root, slot_of(BENCH_PRIVATE), root + page_size);
         set(memory, root, slot_of(BENCH_KERNEL), kernel_tables);
         set(memory, root + page_size, 0, root + 2 * page_size);

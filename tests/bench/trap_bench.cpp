@@ -38,7 +38,7 @@ void map_guest_pages(const GuestMemory& memory) {
     const auto entry = [&](GuestPhys table, std::size_t slot, GuestPhys target) {
         (void)memory.write(table + slot * sizeof(GuestEntry), GuestEntry(target.frame(), rights));
     };
-    entry(boot_page_tables, paging_4_level.root().index(BareMachine::pages_begin), pdpt);
+    entry(BootArea{}.page_tables(), paging_4_level.root().index(BareMachine::pages_begin), pdpt);
     entry(pdpt, 0, directory);
     for (std::size_t i = 0; i < BareMachine::pages / entries_per_table; ++i)
         entry(directory, i, tables + i * page_size);

@@ -1,13 +1,16 @@
-// Fuzzes the reading of kernel files (vmm/loader/kernel_file.hpp) and what unpacks them
-// (vmm/loader/compressed.hpp). Whatever a file says, what is offered must lie in it, and nothing may leave
-// but StartupError.
+// Fuzzes the reading of kernel files (vmm/loader/kernel_file.hpp), what unpacks them
+// (vmm/loader/compressed.hpp) and what loads them by each protocol (vmm/loader/loader.hpp). Whatever a file
+// says, what is offered must lie in it, what is loaded must lie in memory beside what it is told, and nothing
+// may leave but StartupError.
 //
 // The first byte says how the rest is made a file: as it is; or, because hardly any random bytes sum up to a
 // header, with the magic numbers and check sums of headers put in.
 #include "tests/fuzz/harness.hpp"
 #include "vmm/error.hpp"
 #include "vmm/loader/kernel_file.hpp"
+#include "vmm/loader/loader.hpp"
 #include "vmm/loader/lz4.hpp"
+#include "vmm/loader/memory_size.hpp"
 
 #include <cstring>
 #include <string>
@@ -156,7 +159,7 @@ void check_text(std::string_view text) {
 void check_kernel(Bytes file) {
     const KernelFile kernel = read_kernel_file(file);
     const auto protocols = kernel.protocols();
-    check(!protocols.empty() && protocols.back() == KernelProtocol::flat, "each file is flat");
+    check(protocols.size() >= 2 && protocols.back() == KernelProtocol::flat32, "each file is flat");
     for (const KernelProtocol protocol : protocols)
         check(kernel.problem(protocol).empty(), "what is offered has no problem");
     for (const KernelFile::Problem& problem : kernel.problems)
@@ -190,6 +193,50 @@ void check_compressed(Bytes file) {
     check(!size || *size <= block.size(), "a block fits into its room");
 }
 
+// --- Loading
+
+/// What may be left of an earlier file is not looked at.
+const GuestMemory& guest_memory() {
+    static std::vector<std::byte> bytes(2 * minimum_memory);
+    static const GuestMemory memory({{GuestPhys{0}, bytes}});
+    return memory;
+}
+
+void check_loaded(const GuestMemory& memory, const LoadedKernel& kernel) {
+    check(memory.contains(GuestPhys{kernel.entry.value()}, 1), "the entry {} is in memory", kernel.entry);
+    const auto entries = boot_gdt_entries(kernel.mode, kernel.code_selector);
+    for (std::size_t i = 0; i < entries.size(); ++i)
+        check(memory.read<std::uint64_t>(kernel.gdt + i * descriptor_size) == entries[i],
+              "the GDT is written over");
+    check(memory.contains(GuestPhys{kernel.stack_top.value() - 1}, 1), "the stack is in memory");
+    if (kernel.rbx != 0)
+        check(memory.contains(GuestPhys{kernel.rbx}, 8), "the information is in memory");
+    if (kernel.rsi != 0)
+        check(memory.contains(GuestPhys{kernel.rsi}, sizeof(boot_params)), "boot_params is in memory");
+    if (kernel.mode == StartMode::long_mode)
+        check(memory.read<std::uint64_t>(kernel.page_table_root) == kernel.page_table_root.value() + 0x1003,
+              "the page tables are written over");
+}
+
+void check_loading(Bytes file, GuestPhys load_address) {
+    if (can_unpack(compression_of(file)))
+        return; // what is in it is a file of its own
+    constexpr std::array<std::byte, 100> module{};
+    const std::array modules{BootModule{module, "module"}};
+    for (const KernelProtocol protocol : kernel_protocols) {
+        const bool flat = protocol == KernelProtocol::flat || protocol == KernelProtocol::flat32;
+        LoadRequest request{.command_line = "a", .initrd = module, .name = "kernel", .protocol = protocol};
+        if (takes_modules(protocol))
+            request.modules = modules;
+        if (flat)
+            request.load_address = load_address;
+        try {
+            check_loaded(guest_memory(), load_kernel(file, request, guest_memory()));
+        } catch (const StartupError&) { // not offered, or without room
+        }
+    }
+}
+
 } // namespace
 } // namespace umbra::fuzz
 
@@ -200,6 +247,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     const std::vector<std::byte> file = fuzz::make_file(input, rest);
     fuzz::check_kernel(file);
     fuzz::check_compressed(file);
+    constexpr std::uint64_t around = 0xf'ffff;
+    fuzz::check_loading(file, GuestPhys{fuzz::word(file, 0) & around});
     try {
         fuzz::check_text(inspect_kernel_file(file));
     } catch (const StartupError&) { // compressed and damaged

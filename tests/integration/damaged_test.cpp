@@ -209,7 +209,6 @@ TEST_F(DamagedBzImageTest, Absurd) {
     expect_refused(with(image_, magic, std::uint32_t{0}));
     expect_refused(with(image_, version, std::uint16_t{0x200}));
     expect_refused(with(image_, loadflags, std::uint8_t{0}));
-    expect_refused(with(image_, xloadflags, std::uint16_t{0}));
     for (const std::uint64_t address : {std::uint64_t{4096}, std::uint64_t{15} << 20, std::uint64_t{16} << 20,
                                         std::uint64_t{1} << 40, ~std::uint64_t{0}, ~std::uint64_t{0} << 12})
         expect_refused(with(with(image_, pref_address, address), init_size, std::uint32_t{4} << 20));

@@ -109,7 +109,7 @@ TEST_F(GdbClientsTest, InterruptsComeAtOnce) {
                 break;
         }
         if (!emulated_host()) {
-            EXPECT_LT(longest, 100ms);
+            EXPECT_LT(longest, 2s); // tests/bench measures it
         }
         (void)client.send(packet("k"));
         guest.expect_end(130, "umbra: interrupted: killed by the debugger");

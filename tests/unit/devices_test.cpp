@@ -32,6 +32,12 @@ class DevicesTest : public ::testing::Test {
             .clock = [this] { return now; },
             .low_memory = std::uint64_t{3} << 30,
             .high_memory = std::uint64_t{1} << 30,
+            .second_serial_output =
+                [this](std::span<const char> text) {
+                    second_serial_writes.emplace_back(text.begin(), text.end());
+                },
+            .second_serial_interrupt = [this](bool level) { second_interrupt_levels.push_back(level); },
+            .timer = [this] { return uptime; },
         };
     }
 
@@ -53,7 +59,10 @@ class DevicesTest : public ::testing::Test {
 
     std::vector<std::string> serial_writes;
     std::vector<std::string> debug_writes;
+    std::vector<std::string> second_serial_writes;
     std::vector<bool> interrupt_levels;
+    std::vector<bool> second_interrupt_levels;
+    std::chrono::steady_clock::time_point uptime{1234h};
     std::chrono::system_clock::time_point now = leap_day + 13h + 45min + 59s;
     Platform platform;
 };
@@ -307,6 +316,25 @@ TEST_F(SerialTest, WideAccessReachesConsecutiveRegisters) {
     EXPECT_EQ(in(lcr, 2), 0x0a03U);
 }
 
+TEST_F(SerialTest, SecondPortIsAnother) {
+    constexpr std::uint16_t second = 0x2f8;
+    out(second + 7, 0x5a);
+    EXPECT_EQ(in(second + 7), 0x5aU);
+    EXPECT_EQ(in(scr), 0U);
+    EXPECT_EQ(in(second + 5), 0x60U);
+    out(second, 'x');
+    EXPECT_TRUE(platform.output_waits());
+    platform.flush();
+    EXPECT_EQ(second_serial_writes, std::vector<std::string>{"x"});
+    EXPECT_TRUE(serial_writes.empty());
+    out(second + 4, 0x08);
+    out(second + 1, 0x02);
+    EXPECT_EQ(second_interrupt_levels, std::vector<bool>{true});
+    EXPECT_TRUE(interrupt_levels.empty());
+    type("a");
+    EXPECT_EQ(in(second + 5), 0x60U) << "input is the first port's";
+}
+
 TEST_F(SerialTest, WorksWithoutCallbacks) {
     Serial serial({}, {});
     serial.write(4, 0x08);
@@ -394,6 +422,50 @@ TEST_F(DevicesTest, WaysToPowerOff) {
     out(0x604, 0x1c01, 2);
     out(0x604, 0x20, 1);
     EXPECT_FALSE(platform.exit()) << "without SLP_EN";
+}
+
+TEST_F(DevicesTest, AcpiRegistersAfterReset) {
+    EXPECT_EQ(in(0x600, 2), 0U);
+    EXPECT_EQ(in(0x602, 2), 0U);
+    EXPECT_EQ(in(0x604, 2), 1U) << "SCI_EN: ACPI mode";
+    EXPECT_EQ(in(0x606, 2), 0U);
+    EXPECT_EQ(platform.unclaimed(), UnclaimedAccesses{});
+}
+
+TEST_F(DevicesTest, AcpiRegistersKeepWhatTheyCan) {
+    out(0x600, 0xffff, 2); // status: writing ones clears what is clear
+    EXPECT_EQ(in(0x600, 2), 0U);
+    out(0x602, 0x0321, 2);
+    EXPECT_EQ(in(0x602, 2), 0x0321U);
+    EXPECT_EQ(in(0x600, 4), 0x0321'0000U);
+    out(0x603, 0x01, 1);
+    EXPECT_EQ(in(0x602, 2), 0x0121U);
+    out(0x604, 0xdffe, 2);
+    EXPECT_EQ(in(0x604, 2), 0x1c03U) << "SCI_EN stays, SLP_TYP and BM_RLD are kept, the rest reads 0";
+    out(0x605, 0x14, 1);
+    EXPECT_EQ(in(0x604, 2), 0x1403U);
+    EXPECT_FALSE(platform.exit());
+    out(0x604, 0x3401, 2);
+    EXPECT_EQ(platform.exit(), GuestExit{GuestExit::Kind::power_off});
+    EXPECT_EQ(in(0x604, 2), 0x1401U) << "SLP_EN is write-only";
+}
+
+TEST_F(DevicesTest, AcpiTimerCountsAtItsFrequency) {
+    EXPECT_EQ(in(0x608, 4), 0U) << "from the machine's start";
+    uptime += 1s;
+    EXPECT_EQ(in(0x608, 4), 3'579'545U);
+    uptime += 1ms;
+    EXPECT_EQ(in(0x608, 4), 3'583'124U);
+    EXPECT_EQ(in(0x608, 2), 3'583'124U & 0xffff);
+    EXPECT_EQ(in(0x60a, 1), 3'583'124U >> 16 & 0xff);
+    out(0x608, 0, 4);
+    EXPECT_EQ(in(0x608, 4), 3'583'124U) << "read-only";
+    uptime += 2400s - 1ms - 1s; // 40 minutes: 2 * 2^32 and a little
+    EXPECT_EQ(in(0x608, 4), static_cast<std::uint32_t>(2400ULL * 3'579'545));
+    uptime += std::chrono::years{100};
+    const std::uint32_t before = in(0x608, 4);
+    uptime += 10s;
+    EXPECT_EQ(in(0x608, 4) - before, 35'795'450U) << "no overflow in centuries";
 }
 
 TEST_F(DevicesTest, KeyboardControllerIsIdle) {
@@ -575,8 +647,8 @@ TEST_F(DevicesTest, PostCodesAreDropped) {
 }
 
 TEST_F(DevicesTest, UnclaimedAccessesReadAllOnesAndAreCounted) {
-    EXPECT_EQ(in(0x2f8), 0xffU);
-    EXPECT_EQ(in(0x2f8, 2), 0xffffU);
+    EXPECT_EQ(in(0x3e8), 0xffU);
+    EXPECT_EQ(in(0x3e8, 2), 0xffffU);
     EXPECT_EQ(in(0xffff, 4), 0xffff'ffffU);
     out(0x1234, 1);
     EXPECT_EQ(platform.unclaimed(), (UnclaimedAccesses{.port_reads = 3, .port_writes = 1}));

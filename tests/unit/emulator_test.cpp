@@ -822,8 +822,11 @@ TEST_F(EmulatorTest, FarJump) {
     EXPECT_EQ(fault_of(std::get<Raised>(jump(TestGuest::non_canonical, sel::kernel_code)).exception), gp());
     EXPECT_EQ(fault_of(std::get<Raised>(jump(0, sel::absent_code)).exception), np(sel::absent_code));
     EXPECT_NE(std::get<Unsupported>(jump(0, sel::call_gate)).what.find("call gate"), std::string_view::npos);
-    EXPECT_TRUE(std::holds_alternative<Unsupported>(jump(0, sel::kernel_code_32)));
     EXPECT_EQ(cpu.rip, start);
+    EXPECT_TRUE(std::holds_alternative<Done>(jump(0x2'1000, sel::kernel_code_32)));
+    EXPECT_FALSE(cpu.cs.long_mode);
+    EXPECT_EQ(cpu.cpl, 0);
+    EXPECT_EQ(cpu.rip, 0x2'1000U);
 }
 
 TEST_F(EmulatorTest, FarCall) {
@@ -853,9 +856,11 @@ TEST_F(EmulatorTest, FarReturnToTheSameLevel) {
     EXPECT_EQ(reg(Gpr::rsp), top + 8 + 0x20);
     frame({TestGuest::non_canonical, sel::kernel_code});
     EXPECT_EQ(fault({0x48, 0xcb}), gp());
-    frame({0, sel::kernel_code_32});
-    (void)result_of<Unsupported>({0x48, 0xcb});
     EXPECT_EQ(reg(Gpr::rsp), top);
+    frame({0x2'1000, sel::kernel_code_32});
+    EXPECT_EQ(fault({0x48, 0xcb}), no_fault);
+    EXPECT_FALSE(cpu.cs.long_mode);
+    EXPECT_EQ(reg(Gpr::rsp), top + 16);
 }
 
 TEST_F(EmulatorTest, FarReturnToUser) {
@@ -921,8 +926,11 @@ TEST_F(EmulatorTest, InterruptReturnToCompatibilityMode) {
     guest.enter_kernel();
     frame({std::uint64_t{1} << 32, sel::user_code_32, user_flags, TestGuest::user_stack, sel::user_data});
     EXPECT_EQ(fault({0x48, 0xcf}), gp()); // beyond the limit of CS
-    frame({TestGuest::code, sel::kernel_code_32, user_flags, TestGuest::kernel_stack, sel::kernel_data});
-    (void)result_of<Unsupported>({0x48, 0xcf});
+    frame({0x1000, sel::kernel_code_32, rflags::fixed, TestGuest::kernel_stack, sel::kernel_data});
+    EXPECT_EQ(fault({0x48, 0xcf}), no_fault);
+    EXPECT_FALSE(cpu.cs.long_mode);
+    EXPECT_EQ(cpu.cpl, 0);
+    guest.enter_kernel();
     // A 16-bit stack segment takes the low half of SP only.
     frame({TestGuest::user_code, sel::user_code_32, user_flags, 0x1234, sel::user_data_16});
     const std::uint64_t before = reg(Gpr::rsp);
@@ -1437,13 +1445,59 @@ TEST_F(EmulatorTest, NotOffered) {
         EXPECT_EQ(fault({0x0f, 0x33}), gp());             // rdpmc
         EXPECT_EQ(fault({0x0f, 0x01, 0xc8}), ud());       // monitor
         EXPECT_EQ(fault({0x0f, 0x01, 0xc9}), ud());       // mwait
-        EXPECT_EQ(fault({0x0f, 0x34}), ud());             // sysenter
-        EXPECT_EQ(fault({0x0f, 0x35}), ud());             // sysexit
+        EXPECT_EQ(fault({0x0f, 0x34}), gp());             // sysenter, while its MSR is zero
+        EXPECT_EQ(fault({0x0f, 0x35}), gp());             // sysexit
         EXPECT_EQ(fault({0x0f, 0xaa}), ud());             // rsm
         EXPECT_EQ(fault({0x0f, 0x01, 0xd8}), ud());       // vmrun
         EXPECT_EQ(fault({0x0f, 0xc7, 0x30}), ud());       // vmptrld
         EXPECT_EQ(fault({0xf3, 0x0f, 0xc7, 0x30}), ud()); // vmxon
     }
+}
+
+TEST_F(EmulatorTest, Sysenter) {
+    for (const unsigned level : {0U, 3U}) {
+        if (level == 3)
+            user(3);
+        cpu.sysenter_cs = sel::kernel_code | 3; // the low bits do not count
+        cpu.sysenter_eip = 0xffff'8000'0000'1000;
+        cpu.sysenter_esp = 0xffff'8000'0000'2000;
+        cpu.rflags |= rflags::interrupt;
+        EXPECT_EQ(fault({0x0f, 0x34}), no_fault);
+        EXPECT_EQ(cpu.cpl, 0);
+        EXPECT_EQ(cpu.cs.selector, sel::kernel_code & ~3);
+        EXPECT_EQ(cpu.ss.selector, (sel::kernel_code & ~3) + 8);
+        EXPECT_TRUE(cpu.cs.long_mode);
+        EXPECT_EQ(cpu.rip, cpu.sysenter_eip);
+        EXPECT_EQ(reg(Gpr::rsp), cpu.sysenter_esp);
+        EXPECT_FALSE(cpu.interrupts_enabled());
+    }
+}
+
+TEST_F(EmulatorTest, Sysexit) {
+    cpu.sysenter_cs = 0x10;
+    reg(Gpr::rdx) = 0x1'0000'1000;
+    reg(Gpr::rcx) = 0x1'0000'2000;
+    const VirtualCpu before = cpu;
+    EXPECT_EQ(fault({0x0f, 0x35}), no_fault); // to 32-bit code
+    EXPECT_EQ(cpu.cpl, 3);
+    EXPECT_EQ(cpu.cs.selector, 0x23);
+    EXPECT_EQ(cpu.ss.selector, 0x2b);
+    EXPECT_FALSE(cpu.cs.long_mode);
+    EXPECT_EQ(cpu.rip, 0x1000U);
+    EXPECT_EQ(reg(Gpr::rsp), 0x2000U);
+    cpu = before;
+    EXPECT_EQ(fault({0x48, 0x0f, 0x35}), no_fault); // to 64-bit code
+    EXPECT_EQ(cpu.cs.selector, 0x33);
+    EXPECT_EQ(cpu.ss.selector, 0x3b);
+    EXPECT_TRUE(cpu.cs.long_mode);
+    EXPECT_EQ(cpu.rip, 0x1'0000'1000U);
+    EXPECT_EQ(reg(Gpr::rsp), 0x1'0000'2000U);
+    cpu = before;
+    reg(Gpr::rdx) = std::uint64_t{1} << 63; // not canonical
+    EXPECT_EQ(fault({0x48, 0x0f, 0x35}), gp());
+    EXPECT_EQ(cpu.cpl, 0);
+    user(3);
+    EXPECT_EQ(fault({0x0f, 0x35}), gp());
 }
 
 // --- Whatever the guest does

@@ -15,7 +15,7 @@ using namespace test;
 
 class Recorder final : public StoreObserver {
   public:
-    void stored(GuestPhys at, GuestVirt /*linear*/, std::size_t size) override {
+    void stored(GuestPhys at, std::optional<GuestVirt> /*linear*/, std::size_t size) override {
         stores.emplace_back(at, size);
     }
     std::vector<std::pair<GuestPhys, std::size_t>> stores;

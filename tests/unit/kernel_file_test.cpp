@@ -67,6 +67,7 @@ TEST(KernelProtocolTest, HasANameThatUsersWrite) {
         EXPECT_EQ(kernel_protocol(name(protocol)), protocol);
     EXPECT_EQ(name(Protocol::linux64), "linux");
     EXPECT_EQ(name(Protocol::flat), "flat");
+    EXPECT_EQ(name(Protocol::flat32), "flat32");
     EXPECT_EQ(kernel_protocol("linux32"), Protocol::linux32);
     EXPECT_EQ(kernel_protocol("multiboot1"), Protocol::multiboot1);
     EXPECT_EQ(kernel_protocol("multiboot2"), Protocol::multiboot2);
@@ -82,7 +83,7 @@ TEST(KernelFileTest, AnyFileIsFlat) {
         const Bytes file = plain_file(size);
         const KernelFile kernel = read_kernel_file(file);
         EXPECT_EQ(kernel.size, size);
-        EXPECT_EQ(kernel.protocols(), Protocols{Protocol::flat});
+        EXPECT_EQ(kernel.protocols(), (Protocols{Protocol::flat, Protocol::flat32}));
         EXPECT_TRUE(kernel.problems.empty());
         EXPECT_FALSE(kernel.elf || kernel.linux_image || kernel.multiboot1 || kernel.multiboot2 ||
                      kernel.pvh_entry);
@@ -117,7 +118,7 @@ struct Multiboot1File {
 TEST(Multiboot1Test, EachFieldIsRead) {
     const Bytes file = Multiboot1File().bytes();
     const KernelFile kernel = read_kernel_file(file);
-    EXPECT_EQ(kernel.protocols(), (Protocols{Protocol::multiboot1, Protocol::flat}));
+    EXPECT_EQ(kernel.protocols(), (Protocols{Protocol::multiboot1, Protocol::flat, Protocol::flat32}));
     ASSERT_TRUE(kernel.multiboot1);
     EXPECT_EQ(kernel.multiboot1->offset, header_at);
     EXPECT_EQ(kernel.multiboot1->flags, 0x1'0007U);
@@ -272,7 +273,7 @@ struct Multiboot2File {
 TEST(Multiboot2Test, EachTagIsRead) {
     const Bytes file = Multiboot2File().bytes();
     const KernelFile kernel = read_kernel_file(file);
-    EXPECT_EQ(kernel.protocols(), (Protocols{Protocol::multiboot2, Protocol::flat}))
+    EXPECT_EQ(kernel.protocols(), (Protocols{Protocol::multiboot2, Protocol::flat, Protocol::flat32}))
         << kernel.problem(Protocol::multiboot2);
     ASSERT_TRUE(kernel.multiboot2);
     const Multiboot2Header& header = *kernel.multiboot2;
@@ -570,7 +571,7 @@ TYPED_TEST(ElfTest, EachFieldIsRead) {
     const ElfSource<TypeParam> source;
     const Bytes file = source.bytes();
     const KernelFile kernel = read_kernel_file(file);
-    EXPECT_EQ(kernel.protocols(), (Protocols{TypeParam::protocol, Protocol::flat}));
+    EXPECT_EQ(kernel.protocols(), (Protocols{TypeParam::protocol, Protocol::flat, Protocol::flat32}));
     EXPECT_TRUE(kernel.problems.empty());
     EXPECT_FALSE(kernel.linux_image);
     ASSERT_TRUE(kernel.elf);
@@ -726,7 +727,8 @@ TYPED_TEST(ElfTest, PvhNoteOffersItsEntry) {
             source.note_alignment = alignment;
             const Bytes file = source.place().bytes();
             const KernelFile kernel = read_kernel_file(file);
-            EXPECT_EQ(kernel.protocols(), (Protocols{Protocol::pvh, TypeParam::protocol, Protocol::flat}));
+            EXPECT_EQ(kernel.protocols(),
+                      (Protocols{Protocol::pvh, TypeParam::protocol, Protocol::flat, Protocol::flat32}));
             EXPECT_EQ(kernel.pvh_entry, GuestPhys{0x100008});
             ASSERT_EQ(kernel.elf->notes.size(), 2U);
         }
@@ -803,16 +805,19 @@ TEST(LinuxElfTest, IsToldByItsNotes) {
         return read_kernel_file(file).protocols();
     };
     const Note entry = pvh_note(raw(std::uint64_t{0x100008}));
-    EXPECT_EQ(protocols({{"Linux", 0x100, bytes_of("salt")}, entry}),
-              (Protocols{Protocol::linux64, Protocol::pvh, Protocol::elf64, Protocol::flat}));
+    EXPECT_EQ(
+        protocols({{"Linux", 0x100, bytes_of("salt")}, entry}),
+        (Protocols{Protocol::linux64, Protocol::pvh, Protocol::elf64, Protocol::flat, Protocol::flat32}));
     EXPECT_EQ(protocols({{"Xen", 6, bytes_of(std::string("linux\0", 6))}}),
-              (Protocols{Protocol::linux64, Protocol::elf64, Protocol::flat}));
-    EXPECT_EQ(protocols({{"Xen", 6, bytes_of("NetBSD")}}), (Protocols{Protocol::elf64, Protocol::flat}));
+              (Protocols{Protocol::linux64, Protocol::elf64, Protocol::flat, Protocol::flat32}));
+    EXPECT_EQ(protocols({{"Xen", 6, bytes_of("NetBSD")}}),
+              (Protocols{Protocol::elf64, Protocol::flat, Protocol::flat32}));
 
     ElfSource<Elf32Types> source;
     source.notes = {{"Linux", 0x100, bytes_of("salt")}};
     const Bytes file = source.place().bytes();
-    EXPECT_EQ(read_kernel_file(file).protocols(), (Protocols{Protocol::elf32, Protocol::flat}));
+    EXPECT_EQ(read_kernel_file(file).protocols(),
+              (Protocols{Protocol::elf32, Protocol::flat, Protocol::flat32}));
 }
 
 // --- ELF with multiboot headers
@@ -837,7 +842,7 @@ TYPED_TEST(ElfTest, OffersMultibootWithoutAddresses) {
     Bytes file = both.bytes();
     KernelFile kernel = read_kernel_file(file);
     EXPECT_EQ(kernel.protocols(), (Protocols{Protocol::multiboot1, Protocol::pvh, Protocol::multiboot2,
-                                             TypeParam::protocol, Protocol::flat}))
+                                             TypeParam::protocol, Protocol::flat, Protocol::flat32}))
         << "as QEMU chooses";
     ASSERT_TRUE(kernel.multiboot1 && kernel.multiboot2);
     EXPECT_FALSE(kernel.multiboot1->placement);
@@ -846,7 +851,7 @@ TYPED_TEST(ElfTest, OffersMultibootWithoutAddresses) {
 
     put(file, offsetof(typename TypeParam::Header, e_machine), Elf64_Half{EM_AARCH64});
     kernel = read_kernel_file(file);
-    EXPECT_EQ(kernel.protocols(), (Protocols{Protocol::flat}));
+    EXPECT_EQ(kernel.protocols(), (Protocols{Protocol::flat, Protocol::flat32}));
     for (const Protocol protocol :
          {Protocol::multiboot1, Protocol::multiboot2, Protocol::pvh, TypeParam::protocol})
         EXPECT_NE(kernel.problem(protocol).find("machine type 183"), std::string_view::npos);
@@ -912,7 +917,8 @@ TEST(BzImageTest, EachFieldIsRead) {
     const BzImage source;
     const Bytes file = source.bytes();
     const KernelFile kernel = read_kernel_file(file);
-    EXPECT_EQ(kernel.protocols(), (Protocols{Protocol::linux64, Protocol::linux32, Protocol::flat}));
+    EXPECT_EQ(kernel.protocols(),
+              (Protocols{Protocol::linux64, Protocol::linux32, Protocol::flat, Protocol::flat32}));
     EXPECT_TRUE(kernel.problems.empty());
     ASSERT_TRUE(kernel.linux_image);
     const LinuxImage& image = *kernel.linux_image;
@@ -930,13 +936,15 @@ TEST(BzImageTest, WithoutA64BitEntryOffersThe32BitOne) {
     BzImage source;
     source.header.xloadflags = 0;
     Bytes file = source.bytes();
-    EXPECT_EQ(read_kernel_file(file).protocols(), (Protocols{Protocol::linux32, Protocol::flat}));
+    EXPECT_EQ(read_kernel_file(file).protocols(),
+              (Protocols{Protocol::linux32, Protocol::flat, Protocol::flat32}));
     expect_problem(file, Protocol::linux64, "32-bit kernel");
 
     source.header.xloadflags = XLF_KERNEL_64; // means something since 2.12 only
     source.header.version = 0x020b;
     file = source.bytes();
-    EXPECT_EQ(read_kernel_file(file).protocols(), (Protocols{Protocol::linux32, Protocol::flat}));
+    EXPECT_EQ(read_kernel_file(file).protocols(),
+              (Protocols{Protocol::linux32, Protocol::flat, Protocol::flat32}));
 }
 
 TEST(BzImageTest, EachDamagedFieldHasItsMessage) {
@@ -1014,7 +1022,8 @@ TEST(BzImageTest, VersionIsInTheSetupCodeAndPrintable) {
 
 TEST(InspectTest, ShowsWhatABzImageContains) {
     const std::string text = inspect_kernel_file(BzImage().bytes());
-    EXPECT_TRUE(text.starts_with("size        2064 bytes\nprotocols   linux, linux32, flat\n")) << text;
+    EXPECT_TRUE(text.starts_with("size        2064 bytes\nprotocols   linux, linux32, flat, flat32\n"))
+        << text;
     EXPECT_TRUE(contains(text, "\nLinux       bzImage of boot protocol 2.15: 6.1.0-test (someone)\n"))
         << text;
     EXPECT_TRUE(contains(text,
@@ -1025,7 +1034,7 @@ TEST(InspectTest, ShowsWhatABzImageContains) {
         << text;
     EXPECT_TRUE(contains(text, "\npayload     ")) << text;
     EXPECT_TRUE(contains(text, " bytes at 0x610, gzip\n")) << text;
-    EXPECT_TRUE(contains(text, "\n  protocols   linux, elf64, flat\n")) << text;
+    EXPECT_TRUE(contains(text, "\n  protocols   linux, elf64, flat, flat32\n")) << text;
     EXPECT_TRUE(contains(text, "\n  ELF         64-bit, type 2, machine 62, entry 0x100004\n")) << text;
     EXPECT_TRUE(contains(text, " LOAD     r-x ")) << text;
     EXPECT_TRUE(contains(text, " .text ")) << text;
@@ -1049,13 +1058,13 @@ TEST(InspectTest, TellsProblems) {
     Multiboot1File source;
     source.sum_error = 1;
     EXPECT_EQ(inspect_kernel_file(source.bytes()),
-              "size        65536 bytes\nprotocols   flat\n"
+              "size        65536 bytes\nprotocols   flat, flat32\n"
               "problems    multiboot1: damaged multiboot header at 0x40: its check sum is wrong\n");
 }
 
 TEST(InspectTest, ShowsMultibootHeaders) {
     EXPECT_EQ(inspect_kernel_file(Multiboot1File().bytes()),
-              "size        65536 bytes\nprotocols   multiboot1, flat\n"
+              "size        65536 bytes\nprotocols   multiboot1, flat, flat32\n"
               "multiboot1  header at 0x40, flags 0x10007, modules on page boundaries, wants memory map\n"
               "            loaded to 0x100000: 0x1000 bytes from 0x20 in the file, zeros up to 0x103000; "
               "entry 0x100080\n"

@@ -771,7 +771,21 @@ TEST_F(LegacyEmulatorTest, SystemCallInstructionsAreInvalid) {
     cpu.efer = efer::sce;
     EXPECT_EQ(fault({0x0f, 0x05}), ud());
     EXPECT_EQ(fault({0x0f, 0x07}), ud());
-    EXPECT_EQ(fault({0x0f, 0x34}), ud());
+}
+
+TEST_F(LegacyEmulatorTest, Sysenter) {
+    EXPECT_EQ(fault({0x0f, 0x34}), gp()); // its MSR is zero
+    cpu.sysenter_cs = 0x60;
+    cpu.sysenter_eip = garbage | 0xc010'0000;
+    cpu.sysenter_esp = garbage | 0xc020'0000;
+    EXPECT_EQ(fault({0x0f, 0x34}), no_fault);
+    EXPECT_EQ(cpu.cpl, 0);
+    EXPECT_EQ(cpu.cs.selector, 0x60);
+    EXPECT_FALSE(cpu.cs.long_mode);
+    EXPECT_TRUE(cpu.cs.default_32);
+    EXPECT_EQ(cpu.ss.selector, 0x68);
+    EXPECT_EQ(cpu.rip, 0xc010'0000U);
+    EXPECT_EQ(reg(Gpr::rsp), 0xc020'0000U);
 }
 
 TEST_F(LegacyEmulatorTest, SoftwareInterrupts) {

@@ -1,8 +1,8 @@
 // Unit tests of vmm/loader: kernels made in memory, damaged in every field, cut at every length, and mutated.
 #include "vmm/loader/loader.hpp"
 
-#include "vmm/error.hpp"
-#include "vmm/loader/memory_size.hpp"
+#include "tests/unit/loader_fixture.hpp"
+#include "vmm/loader/acpi_tables.hpp"
 
 #include <cstddef>
 #include <cstring>
@@ -12,91 +12,15 @@
 #include <limits>
 #include <random>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include <elf.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 namespace umbra {
 namespace {
-
-using Bytes = std::vector<std::byte>;
-
-constexpr std::uint64_t mib = std::uint64_t{1} << 20;
-
-/// Guest RAM as umbra lays it out, with an inaccessible page behind each region.
-class TestRam {
-  public:
-    explicit TestRam(std::uint64_t size) {
-        std::vector<GuestMemory::Region> regions;
-        for (const RamRange& range : ram_ranges(size)) {
-            const std::size_t mapped = range.size + page_size;
-            void* const base =
-                mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-            if (base == MAP_FAILED || mprotect(base, range.size, PROT_READ | PROT_WRITE) != 0)
-                throw std::bad_alloc();
-            mappings_.emplace_back(base, mapped);
-            regions.push_back({range.base, {static_cast<std::byte*>(base), range.size}});
-        }
-        memory_ = GuestMemory(std::move(regions));
-    }
-    ~TestRam() {
-        for (const auto& [base, size] : mappings_)
-            munmap(base, size);
-    }
-    TestRam(const TestRam&) = delete;
-    TestRam& operator=(const TestRam&) = delete;
-    TestRam(TestRam&&) = delete;
-    TestRam& operator=(TestRam&&) = delete;
-
-    [[nodiscard]] const GuestMemory& memory() const { return memory_; }
-
-    template<class T>
-    [[nodiscard]] T at(GuestPhys address) const {
-        return memory_.read<T>(address).value();
-    }
-    [[nodiscard]] std::string text(GuestPhys address, std::size_t size) const {
-        const auto bytes = memory_.range(address, size);
-        return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-    }
-
-  private:
-    std::vector<std::pair<void*, std::size_t>> mappings_;
-    GuestMemory memory_;
-};
-
-Bytes bytes_of(std::string_view text) {
-    Bytes bytes(text.size());
-    std::memcpy(bytes.data(), text.data(), text.size());
-    return bytes;
-}
-
-template<class T>
-void put(Bytes& file, std::size_t offset, const T& value) {
-    ASSERT_LE(offset + sizeof value, file.size());
-    std::memcpy(file.data() + offset, &value, sizeof value);
-}
-
-/// The message with which loading fails; empty if it succeeds. Anything but StartupError(bad_usage) fails the
-/// test.
-std::string failure(const Bytes& file, const LoadRequest& request = {},
-                    std::uint64_t memory_size = 16 * mib) {
-    const TestRam ram(memory_size);
-    try {
-        (void)load_kernel(file, request, ram.memory());
-    } catch (const StartupError& error) {
-        EXPECT_EQ(error.code(), ExitCode::bad_usage);
-        std::string message = error.what();
-        EXPECT_FALSE(message.empty());
-        EXPECT_EQ(message.find('\n'), std::string::npos) << "one line";
-        return message;
-    }
-    return {};
-}
 
 // Linux's boot structures are packed: EXPECT_EQ cannot refer to their fields, so it gets copies by unary +.
 
@@ -106,13 +30,13 @@ constexpr std::size_t code_segment = 0;
 constexpr std::size_t data_segment = 1;
 
 /// A small executable: code at 1 MB, data with bss at 2 MB. Its last byte is the last byte of the data.
-struct ElfFile {
+struct SmallElf {
     Elf64_Ehdr header{};
     std::array<Elf64_Phdr, 3> segments{};
     std::string code = "code: the kernel";
     std::string data = "data: of the kernel";
 
-    ElfFile() {
+    SmallElf() {
         std::memcpy(header.e_ident, ELFMAG, SELFMAG);
         header.e_ident[EI_CLASS] = ELFCLASS64;
         header.e_ident[EI_DATA] = ELFDATA2LSB;
@@ -164,17 +88,17 @@ struct ElfFile {
 };
 
 TEST(ElfLoaderTest, CopiesSegmentsToPhysicalAddresses) {
-    const ElfFile elf;
+    const SmallElf elf;
     const TestRam ram(16 * mib);
     const LoadedKernel kernel =
         load_kernel(elf.bytes(), {.command_line = "quiet mode=1", .initrd = {}}, ram.memory());
-    EXPECT_EQ(kernel.protocol, BootProtocol::elf64);
+    EXPECT_EQ(kernel.protocol, KernelProtocol::elf64);
     EXPECT_EQ(kernel.entry, GuestVirt{0x100004});
     EXPECT_EQ(ram.text(GuestPhys{0x100000}, elf.code.size()), elf.code);
     EXPECT_EQ(ram.text(GuestPhys{0x200000}, elf.data.size()), elf.data);
     EXPECT_EQ(ram.at<std::uint8_t>(GuestPhys{0x200000} + elf.data.size()), 0);
 
-    const auto params = ram.at<boot_params>(kernel.boot_params);
+    const auto params = ram.at<boot_params>(GuestPhys{kernel.rsi});
     EXPECT_EQ(+params.hdr.boot_flag, 0xaa55);
     EXPECT_EQ(+params.hdr.header, 0x53726448U);
     EXPECT_EQ(+params.hdr.cmd_line_ptr, 0x20000U);
@@ -183,7 +107,7 @@ TEST(ElfLoaderTest, CopiesSegmentsToPhysicalAddresses) {
 }
 
 TEST(ElfLoaderTest, TakesWhatIsUnusualButFits) {
-    ElfFile elf;
+    SmallElf elf;
     elf.segments[code_segment].p_paddr = 0x30000; // right behind the boot data
     elf.header.e_entry = 0x30000;
     EXPECT_EQ(failure(elf.bytes()), "");
@@ -197,7 +121,7 @@ TEST(ElfLoaderTest, TakesWhatIsUnusualButFits) {
 }
 
 TEST(ElfLoaderTest, LoadsIntoMemoryAboveFourGigabytes) {
-    ElfFile elf;
+    SmallElf elf;
     elf.segments[data_segment].p_paddr = 0x1'0000'0000;
     const TestRam ram(4096 * mib);
     (void)load_kernel(elf.bytes(), {}, ram.memory());
@@ -207,61 +131,55 @@ TEST(ElfLoaderTest, LoadsIntoMemoryAboveFourGigabytes) {
 TEST(ElfLoaderTest, EachDamagedFieldHasItsMessage) {
     struct Case {
         const char* message; ///< part of it
-        std::function<void(ElfFile&)> damage;
+        std::function<void(SmallElf&)> damage;
     };
     constexpr std::uint64_t huge = std::numeric_limits<std::uint64_t>::max();
     const std::vector<Case> cases{
-        {"not a kernel", [](ElfFile& elf) { elf.header.e_ident[0] = 0; }},
-        {"not supported yet: a 32-bit ELF", [](ElfFile& elf) { elf.header.e_ident[EI_CLASS] = ELFCLASS32; }},
-        {"class 9", [](ElfFile& elf) { elf.header.e_ident[EI_CLASS] = 9; }},
-        {"little-endian", [](ElfFile& elf) { elf.header.e_ident[EI_DATA] = ELFDATA2MSB; }},
-        {"unknown ELF version", [](ElfFile& elf) { elf.header.e_ident[EI_VERSION] = 2; }},
-        {"unknown ELF version", [](ElfFile& elf) { elf.header.e_version = 0; }},
-        {"machine type 183", [](ElfFile& elf) { elf.header.e_machine = EM_AARCH64; }},
-        {"relocatable object", [](ElfFile& elf) { elf.header.e_type = ET_REL; }},
-        {"-no-pie", [](ElfFile& elf) { elf.header.e_type = ET_DYN; }},
-        {"of type 4", [](ElfFile& elf) { elf.header.e_type = ET_CORE; }},
-        {"no program headers", [](ElfFile& elf) { elf.header.e_phnum = 0; }},
-        {"more than 65534", [](ElfFile& elf) { elf.header.e_phnum = PN_XNUM; }},
-        {"program headers lie outside", [](ElfFile& elf) { elf.header.e_phnum = 0xfffe; }},
-        {"program headers of 32 bytes", [](ElfFile& elf) { elf.header.e_phentsize = 32; }},
-        {"program headers lie outside", [](ElfFile& elf) { elf.header.e_phoff = huge; }},
+        {"not a kernel", [](SmallElf& elf) { elf.header.e_ident[0] = 0; }},
+        {"32-bit ELF for machine type 62", [](SmallElf& elf) { elf.header.e_ident[EI_CLASS] = ELFCLASS32; }},
+        {"class 9", [](SmallElf& elf) { elf.header.e_ident[EI_CLASS] = 9; }},
+        {"little-endian", [](SmallElf& elf) { elf.header.e_ident[EI_DATA] = ELFDATA2MSB; }},
+        {"unknown ELF version", [](SmallElf& elf) { elf.header.e_ident[EI_VERSION] = 2; }},
+        {"unknown ELF version", [](SmallElf& elf) { elf.header.e_version = 0; }},
+        {"machine type 183", [](SmallElf& elf) { elf.header.e_machine = EM_AARCH64; }},
+        {"relocatable object", [](SmallElf& elf) { elf.header.e_type = ET_REL; }},
+        {"-no-pie", [](SmallElf& elf) { elf.header.e_type = ET_DYN; }},
+        {"of type 4", [](SmallElf& elf) { elf.header.e_type = ET_CORE; }},
+        {"nothing to load", [](SmallElf& elf) { elf.header.e_phnum = 0; }},
+        {"more than 65534", [](SmallElf& elf) { elf.header.e_phnum = PN_XNUM; }},
+        {"program headers lie outside", [](SmallElf& elf) { elf.header.e_phnum = 0xfffe; }},
+        {"program headers of 32 bytes", [](SmallElf& elf) { elf.header.e_phentsize = 32; }},
+        {"program headers lie outside", [](SmallElf& elf) { elf.header.e_phoff = huge; }},
         {"program headers lie outside",
-         [](ElfFile& elf) { elf.header.e_phoff = huge - 2 * sizeof(Elf64_Phdr); }},
-        {"more bytes in the file", [](ElfFile& elf) { elf.segments[data_segment].p_memsz = 4; }},
-        {"lies outside the file", [](ElfFile& elf) { elf.segments[data_segment].p_offset += 1; }},
-        {"lies outside the file", [](ElfFile& elf) { elf.segments[data_segment].p_offset = huge; }},
-        {"lies outside the file", [](ElfFile& elf) { elf.segments[data_segment].p_filesz = 0x2000; }},
-        {"wraps around", [](ElfFile& elf) { elf.segments[data_segment].p_paddr = huge - 0x1000; }},
-        {"wraps around", [](ElfFile& elf) { elf.segments[data_segment].p_memsz = huge; }},
-        {"boot data", [](ElfFile& elf) { elf.segments[data_segment].p_paddr = 0x2'ffff; }},
-        {"boot data", [](ElfFile& elf) { elf.segments[data_segment].p_paddr = 0; }},
-        {"boot data",
-         [](ElfFile& elf) {
-             elf.segments[data_segment] = elf.segments[code_segment];
-             elf.segments[data_segment].p_paddr = 0x500;
-         }},
-        {"usable memory", [](ElfFile& elf) { elf.segments[data_segment].p_paddr = 0x9'f000; }},
-        {"usable memory", [](ElfFile& elf) { elf.segments[data_segment].p_paddr = 0xa'0000; }},
-        {"usable memory", [](ElfFile& elf) { elf.segments[data_segment].p_paddr = 0xf'f000; }},
-        {"at least 17 MiB", [](ElfFile& elf) { elf.segments[data_segment].p_paddr = 16 * mib - 0x2fff; }},
-        {"at least 3000 MiB", [](ElfFile& elf) { elf.segments[data_segment].p_paddr = 3000 * mib - 0x3000; }},
-        {"usable memory", [](ElfFile& elf) { elf.segments[data_segment].p_paddr = 3072 * mib; }},
-        {"overlap", [](ElfFile& elf) { elf.segments[data_segment].p_paddr = 0x100001; }},
-        {"overlap", [](ElfFile& elf) { elf.segments[code_segment].p_paddr = 0x20'2fff; }},
+         [](SmallElf& elf) { elf.header.e_phoff = huge - 2 * sizeof(Elf64_Phdr); }},
+        {"more bytes in the file", [](SmallElf& elf) { elf.segments[data_segment].p_memsz = 4; }},
+        {"lies outside the file", [](SmallElf& elf) { elf.segments[data_segment].p_offset += 1; }},
+        {"lies outside the file", [](SmallElf& elf) { elf.segments[data_segment].p_offset = huge; }},
+        {"lies outside the file", [](SmallElf& elf) { elf.segments[data_segment].p_filesz = 0x2000; }},
+        {"wraps around", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = huge - 0x1000; }},
+        {"wraps around", [](SmallElf& elf) { elf.segments[data_segment].p_memsz = huge; }},
+        {"usable memory", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 0x9'f000; }},
+        {"usable memory", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 0xa'0000; }},
+        {"usable memory", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 0xf'c000; }},
+        {"at least 17 MiB", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 16 * mib - 0x2fff; }},
+        {"at least 3000 MiB",
+         [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 3000 * mib - 0x3000; }},
+        {"usable memory", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 3072 * mib; }},
+        {"overlap", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 0x100001; }},
+        {"overlap", [](SmallElf& elf) { elf.segments[code_segment].p_paddr = 0x20'2fff; }},
         {"nothing to load",
-         [](ElfFile& elf) {
+         [](SmallElf& elf) {
              for (auto& segment : elf.segments)
                  segment.p_type = PT_NOTE;
          }},
-        {"entry point", [](ElfFile& elf) { elf.header.e_entry = 0x200000; }},
-        {"entry point", [](ElfFile& elf) { elf.header.e_entry = 0x100000 + elf.code.size(); }},
-        {"entry point", [](ElfFile& elf) { elf.header.e_entry = 0xf'ffff; }},
-        {"entry point", [](ElfFile& elf) { elf.header.e_entry = 0; }},
-        {"must be a physical address", [](ElfFile& elf) { elf.header.e_entry = 0xffff'8000'0010'0000; }},
+        {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0x200000; }},
+        {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0x100000 + elf.code.size(); }},
+        {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0xf'ffff; }},
+        {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0; }},
+        {"must be a physical address", [](SmallElf& elf) { elf.header.e_entry = 0xffff'8000'0010'0000; }},
     };
     for (const Case& c : cases) {
-        ElfFile elf;
+        SmallElf elf;
         c.damage(elf);
         const std::string message = failure(elf.bytes());
         EXPECT_NE(message.find(c.message), std::string::npos)
@@ -270,7 +188,7 @@ TEST(ElfLoaderTest, EachDamagedFieldHasItsMessage) {
 }
 
 TEST(ElfLoaderTest, EveryTruncationIsRefused) {
-    const Bytes whole = ElfFile().bytes();
+    const Bytes whole = SmallElf().bytes();
     ASSERT_EQ(failure(whole), "");
     for (std::size_t size = 0; size < whole.size(); ++size)
         EXPECT_NE(failure({whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(size)}), "") << size;
@@ -318,12 +236,12 @@ TEST(BzImageLoaderTest, LoadsAndFillsTheZeroPage) {
     const TestRam ram(16 * mib);
     const LoadedKernel kernel =
         load_kernel(file, {.command_line = "console=ttyS0", .initrd = {}}, ram.memory());
-    EXPECT_EQ(kernel.protocol, BootProtocol::linux64);
+    EXPECT_EQ(kernel.protocol, KernelProtocol::linux64);
     EXPECT_EQ(kernel.entry, GuestVirt{0x100200});
     EXPECT_EQ(ram.text(GuestPhys{0x100000}, payload_size),
               std::string(reinterpret_cast<const char*>(file.data()) + setup_size, payload_size));
 
-    const auto params = ram.at<boot_params>(kernel.boot_params);
+    const auto params = ram.at<boot_params>(GuestPhys{kernel.rsi});
     EXPECT_EQ(+params.hdr.version, 0x020c);
     EXPECT_EQ(+params.hdr.init_size, 0x20000U);
     EXPECT_EQ(+params.hdr.cmdline_size, 255U);
@@ -345,7 +263,7 @@ TEST(BzImageLoaderTest, LoadsAtThePreferredAddress) {
     const TestRam ram(16 * mib);
     EXPECT_EQ(load_kernel(image.bytes(), {}, ram.memory()).entry, GuestVirt{0x400200});
     EXPECT_EQ(ram.at<std::uint8_t>(GuestPhys{0x400001}), 1);
-    EXPECT_EQ(+ram.at<boot_params>(boot_params_address).hdr.code32_start, 0x400000U);
+    EXPECT_EQ(+ram.at<boot_params>(BootArea{}.boot_params()).hdr.code32_start, 0x400000U);
 
     image.header.pref_address = 0;
     EXPECT_EQ(load_kernel(image.bytes(), {}, ram.memory()).entry, GuestVirt{0x100200});
@@ -377,12 +295,12 @@ TEST(BzImageLoaderTest, EachDamagedFieldHasItsMessage) {
     const std::vector<Case> cases{
         {"not a kernel", [](BzImage& image) { image.header.boot_flag = 0; }},
         {"not a kernel", [](BzImage& image) { image.header.header = 0; }},
-        {"boot protocol 2.11", [](BzImage& image) { image.header.version = 0x020b; }},
-        {"ends at 0x263", [](BzImage& image) { image.header_length = 0x61; }},
+        {"ends at 0x263, too short for boot protocol 2.12",
+         [](BzImage& image) { image.header_length = 0x61; }},
+        {"boot protocol 2.01", [](BzImage& image) { image.header.version = 0x0201; }},
         {"zImage", [](BzImage& image) { image.header.loadflags = 0; }},
-        {"without a 64-bit entry", [](BzImage& image) { image.header.xloadflags = 0; }},
-        {"do not reach its 64-bit entry", [](BzImage& image) { image.header.syssize = 0; }},
-        {"do not reach its 64-bit entry", [](BzImage& image) { image.header.syssize = 0x20; }},
+        {"do not reach its entry", [](BzImage& image) { image.header.syssize = 0; }},
+        {"do not reach its entry", [](BzImage& image) { image.header.syssize = 0x20; }},
         {"truncated", [](BzImage& image) { image.header.syssize = payload_size / 16 + 1; }},
         {"truncated", [](BzImage& image) { image.header.syssize = 0xffff'ffff; }},
         {"truncated", [](BzImage& image) { image.header.setup_sects = 255; }},
@@ -419,7 +337,7 @@ TEST(LoaderTest, CommandLineUpToTheKernelsLimit) {
     EXPECT_EQ(failure(bzimage, {.command_line = std::string(256, 'a'), .initrd = {}}),
               "the command line has 256 bytes; this kernel takes at most 255");
 
-    const Bytes elf = ElfFile().bytes();
+    const Bytes elf = SmallElf().bytes();
     EXPECT_EQ(failure(elf, {.command_line = std::string(command_line_limit, 'a'), .initrd = {}}), "");
     EXPECT_NE(failure(elf, {.command_line = std::string(command_line_limit + 1, 'a'), .initrd = {}}), "");
 
@@ -432,10 +350,10 @@ TEST(LoaderTest, CommandLineUpToTheKernelsLimit) {
 
 TEST(LoaderTest, InitrdIsPageAlignedAtTheTop) {
     const Bytes initrd(0x1801, std::byte{0x77});
-    for (const Bytes& kernel : {ElfFile().bytes(), BzImage().bytes()}) {
+    for (const Bytes& kernel : {SmallElf().bytes(), BzImage().bytes()}) {
         const TestRam ram(16 * mib);
         (void)load_kernel(kernel, {.command_line = {}, .initrd = initrd}, ram.memory());
-        const auto params = ram.at<boot_params>(boot_params_address);
+        const auto params = ram.at<boot_params>(BootArea{}.boot_params());
         EXPECT_EQ(+params.hdr.ramdisk_image, 16 * mib - 0x2000);
         EXPECT_EQ(+params.hdr.ramdisk_size, 0x1801U);
         EXPECT_EQ(+params.ext_ramdisk_image, 0U);
@@ -451,11 +369,11 @@ TEST(LoaderTest, InitrdStaysBelowTheKernelsLimit) {
     image.header.initrd_addr_max = 0x7f'ffff;
     const TestRam ram(16 * mib);
     (void)load_kernel(image.bytes(), {.command_line = {}, .initrd = initrd}, ram.memory());
-    EXPECT_EQ(+ram.at<boot_params>(boot_params_address).hdr.ramdisk_image, 8 * mib - 0x1000);
+    EXPECT_EQ(+ram.at<boot_params>(BootArea{}.boot_params()).hdr.ramdisk_image, 8 * mib - 0x1000);
 
     const TestRam large(5120 * mib);
     (void)load_kernel(BzImage().bytes(), {.command_line = {}, .initrd = initrd}, large.memory());
-    EXPECT_EQ(+large.at<boot_params>(boot_params_address).hdr.ramdisk_image, 3072 * mib - 0x1000);
+    EXPECT_EQ(+large.at<boot_params>(BootArea{}.boot_params()).hdr.ramdisk_image, 3072 * mib - 0x1000);
 }
 
 TEST(LoaderTest, InitrdThatDoesNotFit) {
@@ -471,7 +389,7 @@ TEST(LoaderTest, InitrdThatDoesNotFit) {
     image.header.initrd_addr_max = 0;
     EXPECT_NE(with_initrd(image, 1).find("does not fit between"), std::string::npos);
 
-    ElfFile elf; // occupies the end of RAM
+    SmallElf elf; // occupies the end of RAM
     elf.segments[data_segment].p_paddr = 16 * mib - 0x3000;
     const Bytes initrd(1);
     EXPECT_NE(failure(elf.bytes(), {.command_line = {}, .initrd = initrd}), "");
@@ -492,7 +410,7 @@ std::ostream& operator<<(std::ostream& stream, const E820& entry) {
 std::vector<E820> e820_after_load(std::uint64_t memory_size) {
     const TestRam ram(memory_size);
     (void)load_kernel(BzImage().bytes(), {}, ram.memory());
-    const auto params = ram.at<boot_params>(boot_params_address);
+    const auto params = ram.at<boot_params>(BootArea{}.boot_params());
     std::vector<E820> map;
     for (std::size_t i = 0; i < params.e820_entries; ++i) {
         const boot_e820_entry entry = params.e820_table[i];
@@ -527,6 +445,7 @@ TEST(BootDataTest, UsableRamIsWhatTheMapCallsRam) {
 TEST(BootDataTest, PageTablesMapFourGigabytesToThemselves) {
     const TestRam ram(2 * mib);
     const LoadedKernel kernel = load_kernel(BzImage().bytes(), {}, ram.memory());
+    EXPECT_EQ(kernel.mode, StartMode::long_mode);
     EXPECT_EQ(kernel.page_table_root, GuestPhys{0x9000});
     const auto entry = [&ram](std::uint64_t table, std::uint64_t index) {
         return ram.at<std::uint64_t>(GuestPhys{(table & ~std::uint64_t{0xfff}) + 8 * index});
@@ -549,14 +468,53 @@ TEST(BootDataTest, DescriptorTable) {
     const LoadedKernel kernel = load_kernel(BzImage().bytes(), {}, ram.memory());
     EXPECT_EQ(kernel.gdt, GuestPhys{0x500});
     EXPECT_EQ(kernel.stack_top, GuestVirt{0x7000});
-    EXPECT_EQ((ram.at<std::array<std::uint64_t, 4>>(kernel.gdt)), boot_gdt_entries);
     // Long-mode code: L set, D clear, present, DPL 0. Data: present, DPL 0, writable.
-    const auto field = [](std::uint16_t selector, unsigned shift) {
-        return boot_gdt_entries.at(selector / 8U) >> shift & 0xff;
+    EXPECT_EQ((ram.at<std::array<std::uint64_t, 4>>(kernel.gdt)),
+              (std::array<std::uint64_t, 4>{0, 0, 0x00af'9b00'0000'ffff, 0x00cf'9300'0000'ffff}));
+    EXPECT_EQ(kernel.code_selector, 0x10);
+    EXPECT_EQ(kernel.data_selector(), 0x18);
+    EXPECT_EQ(kernel.gdt_limit(), 0x1f);
+}
+
+TEST(BootDataTest, MakesWayForTheKernel) {
+    struct Case {
+        std::uint64_t data;      ///< where the kernel's data segment is, of 0x3000 bytes
+        std::uint64_t boot_data; ///< where the boot data is then
     };
-    EXPECT_EQ(field(boot_code_selector, 40), 0x9bU);
-    EXPECT_EQ(field(boot_code_selector, 52) & 0xf, 0xaU);
-    EXPECT_EQ(field(boot_data_selector, 40), 0x93U);
+    for (const Case& c : {Case{0x0, 0x30000}, Case{0x7c00, 0x30000}, Case{0x2'f000, 0x32000},
+                          Case{0x3'0000, 0}, Case{0x500, 0x30000}}) {
+        SmallElf elf;
+        elf.segments[data_segment].p_paddr = c.data;
+        const TestRam ram(16 * mib);
+        const LoadedKernel kernel =
+            load_kernel(elf.bytes(), {.command_line = "x", .initrd = {}}, ram.memory());
+        EXPECT_EQ(kernel.stack_top, GuestVirt{c.boot_data + 0x7000}) << c.data;
+        EXPECT_EQ(kernel.gdt, GuestPhys{c.boot_data + 0x500});
+        EXPECT_EQ(kernel.page_table_root, GuestPhys{c.boot_data + 0x9000});
+        EXPECT_EQ(ram.at<std::uint64_t>(kernel.page_table_root), c.boot_data + 0xa003);
+        EXPECT_EQ(+ram.at<boot_params>(GuestPhys{kernel.rsi}).hdr.cmd_line_ptr, c.boot_data + 0x20000);
+        EXPECT_EQ(ram.text(GuestPhys{c.boot_data + 0x20000}, 2), std::string("x\0", 2));
+        EXPECT_EQ(ram.text(GuestPhys{c.data}, elf.data.size()), elf.data);
+    }
+}
+
+TEST(BootDataTest, ThatDoesNotFitBesideTheKernel) {
+    SmallElf elf; // all of RAM but 2 times less than the boot data takes
+    elf.segments[code_segment].p_memsz = mib;
+    elf.segments[data_segment].p_paddr = 2 * mib;
+    elf.segments[data_segment].p_memsz = 14 * mib;
+    elf.segments[2] = elf.segments[data_segment];
+    elf.segments[2].p_paddr = 0x20000;
+    elf.segments[2].p_memsz = 0x60000;
+    const std::string message = failure(elf.bytes());
+    EXPECT_NE(message.find("boot data"), std::string::npos) << message;
+}
+
+TEST(BootDataTest, TellsOfTheAcpiTables) {
+    const TestRam ram(16 * mib);
+    const LoadedKernel kernel = load_kernel(BzImage().bytes(), {}, ram.memory());
+    EXPECT_EQ(+ram.at<boot_params>(GuestPhys{kernel.rsi}).acpi_rsdp_addr, acpi_tables_begin.value());
+    EXPECT_EQ(ram.text(acpi_tables_begin, 8), "RSD PTR ");
 }
 
 TEST(BootDataTest, MemoryWithoutRoomForIt) {
@@ -596,8 +554,9 @@ void load_mutations(const Bytes& seed, std::size_t header_size, unsigned rounds)
             const LoadedKernel kernel = load_kernel(file, {.command_line = "x", .initrd = {}}, ram.memory());
             ++loaded;
             ASSERT_TRUE(is_usable_ram(ram.memory(), GuestPhys{kernel.entry.value()}, 1)) << round;
-            ASSERT_EQ((ram.at<std::array<std::uint64_t, 4>>(boot_gdt)), boot_gdt_entries) << round;
-            ASSERT_EQ(ram.at<char>(boot_command_line), 'x') << round;
+            const auto line = ram.at<boot_params>(GuestPhys{kernel.rsi}).hdr.cmd_line_ptr;
+            ASSERT_EQ(ram.at<char>(GuestPhys{line}), 'x') << round;
+            ASSERT_EQ(ram.at<std::uint64_t>(kernel.gdt + kernel.code_selector) >> 40 & 0xff, 0x9bU) << round;
         } catch (const StartupError& error) {
             ASSERT_EQ(error.code(), ExitCode::bad_usage) << round;
         }
@@ -607,7 +566,7 @@ void load_mutations(const Bytes& seed, std::size_t header_size, unsigned rounds)
 }
 
 TEST(HostileFileTest, MutatedElf) {
-    load_mutations(ElfFile().bytes(), sizeof(Elf64_Ehdr) + 2 * sizeof(Elf64_Phdr), 20000);
+    load_mutations(SmallElf().bytes(), sizeof(Elf64_Ehdr) + 2 * sizeof(Elf64_Phdr), 20000);
 }
 
 TEST(HostileFileTest, MutatedBzImage) {
@@ -639,7 +598,7 @@ TEST(RealKernelTest, Memtest) {
     const TestRam ram(64 * mib);
     const LoadedKernel kernel =
         load_kernel(file, {.command_line = "console=ttyS0,115200", .initrd = {}}, ram.memory());
-    EXPECT_EQ(kernel.protocol, BootProtocol::linux64);
+    EXPECT_EQ(kernel.protocol, KernelProtocol::linux64);
     const GuestPhys load{kernel.entry.value() - 0x200};
     const std::size_t setup = (1 + std::to_integer<std::size_t>(file.at(0x1f1))) * 512;
     const auto loaded = ram.memory().range(load, file.size() - setup);

@@ -33,12 +33,14 @@ Stop accessed(WatchKind kind, GuestVirt at) {
     return {.kind = Stop::Kind::watchpoint, .watch = kind, .address = at};
 }
 
-Stop accessed(WatchKind kind, GuestPhys watched, GuestVirt at) {
+/// `at`: nothing if a device did it.
+Stop accessed(WatchKind kind, GuestPhys watched, std::optional<GuestVirt> at) {
     return {.kind = Stop::Kind::watchpoint,
             .watch = kind,
-            .address = at,
+            .address = at.value_or(GuestVirt()),
             .physical = true,
-            .text = fmt::format("the watchpoint on {} was met, at {}", watched, at)};
+            .text = at ? fmt::format("the watchpoint on {} was met, at {}", watched, *at)
+                       : fmt::format("the watchpoint on {} was met by a device", watched)};
 }
 
 /// What an agent expression may see.
@@ -545,7 +547,7 @@ void Debugger::guarded(GuestVirt at, Access access) {
     guard_open_ = true;
 }
 
-void Debugger::stored(GuestPhys at, GuestVirt linear, std::size_t size) {
+void Debugger::stored(GuestPhys at, std::optional<GuestVirt> linear, std::size_t size) {
     for (auto patch = patches_.lower_bound(at); patch != patches_.end() && patch->first - at < size;
          ++patch) {
         if (patch->second.lifted)
@@ -560,8 +562,9 @@ void Debugger::stored(GuestPhys at, GuestVirt linear, std::size_t size) {
         if (watch.physical) {
             if (overlap(at.value(), size, watch.physical->value(), watch.size))
                 stored_ = accessed(watch.kind, *watch.physical, linear);
-        } else if (overlap(linear.value(), size, watch.at.value(), watch.size) && counts_here(watch.at)) {
-            stored_ = accessed(watch.kind, linear - watch.at < watch.size ? linear : watch.at);
+        } else if (linear && overlap(linear->value(), size, watch.at.value(), watch.size) &&
+                   counts_here(watch.at)) {
+            stored_ = accessed(watch.kind, *linear - watch.at < watch.size ? *linear : watch.at);
         }
     }
 }

@@ -218,7 +218,7 @@ class Debugger {
     /// The same for the privileged instruction at RIP; it traps again afterwards.
     [[nodiscard]] bool catches_instruction();
     /// umbra has written to guest memory, for the guest: StoreObserver.
-    void stored(GuestPhys at, GuestVirt linear, std::size_t size);
+    void stored(GuestPhys at, std::optional<GuestVirt> linear, std::size_t size);
     /// The event that was caught is not to be delivered.
     [[nodiscard]] bool drops_event() const { return resume_.drop_event; }
     /// The guest's RFLAGS after an entry for one instruction, which left the machine with `flags`: those of

@@ -1,4 +1,4 @@
-// The 8042's commands and the answers of a keyboard that is never touched.
+// The 8042's commands, its output buffer, and the interrupt.
 #include "vmm/devices/keyboard_controller.hpp"
 
 namespace umbra {
@@ -13,12 +13,11 @@ constexpr std::uint8_t status_not_locked = 0x10;
 constexpr std::uint8_t output_port_not_reset = 0x01; // the reset line is active low
 constexpr std::uint8_t output_port_a20 = 0x02;
 
+constexpr std::uint8_t command_translate = 0x40;
 constexpr std::uint8_t command_mouse_disabled = 0x20;
 constexpr std::uint8_t command_keyboard_disabled = 0x10;
+constexpr std::uint8_t command_interrupt = 0x01;
 
-constexpr std::uint8_t keyboard_acknowledge = 0xfa;
-constexpr std::uint8_t keyboard_resend = 0xfe;
-constexpr std::uint8_t keyboard_self_test_passed = 0xaa;
 constexpr std::uint8_t controller_self_test_passed = 0x55;
 constexpr std::uint8_t interface_test_passed = 0x00;
 constexpr std::uint8_t interface_clock_stuck_low = 0x01; // what a controller finds where no mouse is
@@ -30,10 +29,18 @@ constexpr std::size_t output_limit = 16;
 
 std::uint8_t KeyboardController::read_data() {
     if (output_.empty())
-        return 0;
-    const std::uint8_t value = output_.front();
+        return last_output_;
+    last_output_ = output_.front();
     output_.pop_front();
-    return value;
+    set_interrupt(false); // each byte is an edge
+    update();
+    return last_output_;
+}
+
+std::size_t KeyboardController::receive(std::span<const char> text) {
+    const std::size_t taken = keyboard_.receive(text);
+    update();
+    return taken;
 }
 
 std::uint8_t KeyboardController::read_status() const {
@@ -49,10 +56,8 @@ void KeyboardController::write_data(std::uint8_t value) {
     destination_ = Destination::keyboard;
     switch (destination) {
     case Destination::keyboard:
-        keyboard_command(value);
-        break;
-    case Destination::keyboard_parameter:
-        reply(keyboard_acknowledge);
+        for (const std::uint8_t byte : keyboard_.command(value, translates()))
+            reply(byte);
         break;
     case Destination::command_byte:
         command_byte_ = value;
@@ -66,6 +71,7 @@ void KeyboardController::write_data(std::uint8_t value) {
     case Destination::mouse: // not there: no answer
         break;
     }
+    update();
 }
 
 void KeyboardController::write_command(std::uint8_t value) {
@@ -130,6 +136,7 @@ void KeyboardController::write_command(std::uint8_t value) {
     default: // controllers ignore what they do not know
         break;
     }
+    update();
 }
 
 void KeyboardController::reply(std::uint8_t value) {
@@ -143,35 +150,24 @@ void KeyboardController::set_output_port(std::uint8_t value) {
         reset_requested_ = true;
 }
 
-void KeyboardController::keyboard_command(std::uint8_t value) {
-    switch (value) {
-    case 0xed: // set the lights
-    case 0xf0: // select the scan code set
-    case 0xf3: // set the repeat rate
-        reply(keyboard_acknowledge);
-        destination_ = Destination::keyboard_parameter;
-        break;
-    case 0xee: // echo
-        reply(0xee);
-        break;
-    case 0xf2: // identify: a keyboard, with the controller's translation
-        reply(keyboard_acknowledge);
-        reply(0xab);
-        reply(0x41);
-        break;
-    case 0xf4: // enable scanning
-    case 0xf5: // disable scanning
-    case 0xf6: // set defaults
-        reply(keyboard_acknowledge);
-        break;
-    case 0xff: // reset
-        reply(keyboard_acknowledge);
-        reply(keyboard_self_test_passed);
-        break;
-    default:
-        reply(keyboard_resend);
-        break;
-    }
+bool KeyboardController::translates() const {
+    return (command_byte_ & command_translate) != 0;
+}
+
+/// Fetches what was typed once there is room for it, and brings the interrupt in line.
+void KeyboardController::update() {
+    if (output_.empty() && (command_byte_ & command_keyboard_disabled) == 0)
+        for (const std::uint8_t byte : keyboard_.next_event(translates()))
+            output_.push_back(byte);
+    set_interrupt(!output_.empty() && (command_byte_ & command_interrupt) != 0);
+}
+
+void KeyboardController::set_interrupt(bool level) {
+    if (level == interrupt_level_)
+        return;
+    interrupt_level_ = level;
+    if (interrupt_)
+        interrupt_(level);
 }
 
 } // namespace umbra

@@ -21,6 +21,7 @@ constexpr std::uint32_t all_ones(unsigned size) {
 constexpr std::uint16_t keyboard_data_port = 0x60;
 constexpr std::uint16_t rtc_index_port = 0x70;
 constexpr std::uint16_t serial_base = 0x3f8;
+constexpr std::uint16_t second_serial_base = 0x2f8;
 constexpr std::uint16_t reset_control_port = 0xcf9;
 constexpr std::uint16_t pci_address_port = 0xcf8;
 
@@ -54,9 +55,14 @@ struct Platform::Range {
 
 const Platform::Range* Platform::find(Port port) {
     using enum Range::Width;
-    static constexpr std::array<Range, 12> ranges{{
+    static constexpr std::array<Range, 15> ranges{{
         {serial_base, serial_base + Serial::register_count - 1, bytes, &Platform::read_serial,
          &Platform::write_serial},
+        {second_serial_base, second_serial_base + Serial::register_count - 1, bytes, &Platform::read_serial,
+         &Platform::write_serial},
+        {Vga::first_port, Vga::last_port, bytes, &Platform::read_vga, &Platform::write_vga},
+        {FwCfg::base_port, FwCfg::base_port + FwCfg::port_count - 1, any, &Platform::read_fw_cfg,
+         &Platform::write_fw_cfg},
         {0x60, 0x60, bytes, &Platform::read_keyboard, &Platform::write_keyboard},
         {0x64, 0x64, bytes, &Platform::read_keyboard, &Platform::write_keyboard},
         {0x70, 0x71, bytes, &Platform::read_rtc, &Platform::write_rtc},
@@ -64,7 +70,8 @@ const Platform::Range* Platform::find(Port port) {
         {0x92, 0x92, bytes, &Platform::read_control_a, &Platform::write_control_a},
         {0xe9, 0xe9, bytes, &Platform::read_debug_console, &Platform::write_debug_console},
         {0xf4, 0xf4, any, &Platform::read_debug_exit, &Platform::write_debug_exit},
-        {0x604, 0x605, any, &Platform::read_power, &Platform::write_power},
+        {acpi_event_port, acpi_timer_port + acpi_timer_bytes - 1, any, &Platform::read_acpi,
+         &Platform::write_acpi},
         {0xb004, 0xb005, any, &Platform::read_power, &Platform::write_power},
         {0xcf8, 0xcfb, any, &Platform::read_pci, &Platform::write_pci},
         {0xcfc, 0xcff, any, &Platform::read_pci, &Platform::write_pci},
@@ -77,8 +84,10 @@ const Platform::Range* Platform::find(Port port) {
 
 Platform::Platform(PlatformConfig config)
     : serial_(std::move(config.serial_output), std::move(config.serial_interrupt)),
-      debug_console_(std::move(config.debug_output)),
-      rtc_(std::move(config.clock), config.low_memory, config.high_memory) {}
+      second_serial_(std::move(config.second_serial_output), std::move(config.second_serial_interrupt)),
+      debug_console_(std::move(config.debug_output)), keyboard_(std::move(config.keyboard_interrupt)),
+      rtc_(std::move(config.clock), config.low_memory, config.high_memory), fw_cfg_(std::move(config.fw_cfg)),
+      acpi_(std::move(config.timer)), type_input_(config.type_input) {}
 
 bool Platform::kvm_owns(Port port) {
     return std::any_of(kvm_ports.begin(), kvm_ports.end(), [port](const PortSpan& span) {
@@ -125,15 +134,21 @@ void Platform::mmio_write(GuestPhys /*at*/, std::span<const std::byte> /*data*/)
 
 void Platform::flush() {
     serial_.flush();
+    second_serial_.flush();
     debug_console_.flush();
 }
 
+Serial& Platform::serial(Port port) {
+    return number(port) >= serial_base ? serial_ : second_serial_;
+}
+
+// Both ports begin at a multiple of their registers' number.
 std::uint32_t Platform::read_serial(Port port, unsigned /*size*/) {
-    return serial_.read(number(port) - unsigned{serial_base});
+    return serial(port).read(number(port) % Serial::register_count);
 }
 
 void Platform::write_serial(Port port, unsigned /*size*/, std::uint32_t value) {
-    serial_.write(number(port) - unsigned{serial_base}, static_cast<std::uint8_t>(value));
+    serial(port).write(number(port) % Serial::register_count, static_cast<std::uint8_t>(value));
 }
 
 std::uint32_t Platform::read_keyboard(Port port, unsigned /*size*/) {
@@ -193,12 +208,38 @@ void Platform::write_debug_exit(Port /*port*/, unsigned /*size*/, std::uint32_t 
     end_run({GuestExit::Kind::debug_exit, value});
 }
 
+std::uint32_t Platform::read_vga(Port port, unsigned /*size*/) {
+    return vga_.read(number(port));
+}
+
+void Platform::write_vga(Port port, unsigned /*size*/, std::uint32_t value) {
+    vga_.write(number(port), static_cast<std::uint8_t>(value));
+}
+
+std::uint32_t Platform::read_fw_cfg(Port port, unsigned size) {
+    return fw_cfg_.read(number(port) - unsigned{FwCfg::base_port}, size);
+}
+
+void Platform::write_fw_cfg(Port port, unsigned size, std::uint32_t value) {
+    fw_cfg_.write(number(port) - unsigned{FwCfg::base_port}, size, value);
+}
+
+std::uint32_t Platform::read_acpi(Port port, unsigned size) {
+    return acpi_.read(number(port) - unsigned{acpi_event_port}, size);
+}
+
+void Platform::write_acpi(Port port, unsigned size, std::uint32_t value) {
+    acpi_.write(number(port) - unsigned{acpi_event_port}, size, value);
+    if (acpi_.power_off_requested())
+        end_run({GuestExit::Kind::power_off});
+}
+
 std::uint32_t Platform::read_power(Port /*port*/, unsigned /*size*/) {
     return 0;
 }
 
 void Platform::write_power(Port port, unsigned /*size*/, std::uint32_t value) {
-    // The sleep type is not looked at: without ACPI tables, no guest can have been told of one that sleeps.
+    // The sleep type is not looked at: no table tells of this register, and none tells of a sleep.
     const unsigned byte = number(port) % 2;
     if (((value << (8 * byte)) & power_sleep_enable) != 0)
         end_run({GuestExit::Kind::power_off});

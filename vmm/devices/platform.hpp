@@ -1,21 +1,25 @@
 // The platform: every port and device window of the PC that umbra answers for itself, and the ways in which a
 // guest ends its own run.
 //
-//   0x60 0x64          8042 keyboard controller         0x3f8-0x3ff   16550A serial port, IRQ 4
-//   0x70 0x71          RTC and CMOS                     0x604 0xb004  ACPI PM1a control: power-off
-//   0x80               POST code: dropped               0xcf8-0xcff   PCI configuration: no device answers;
-//   0x92               system control port A                          0xcf9 is the reset control register
-//   0xe9               debug console
-//   0xf4               isa-debug-exit, as QEMU's
+//   0x60 0x64          8042 keyboard controller, IRQ 1     0x3c0-0x3df   VGA
+//   0x70 0x71          RTC and CMOS                        0x3f8-0x3ff   16550A serial port, IRQ 4
+//   0x80               POST code: dropped                  0x510-0x51b   fw_cfg
+//   0x92               system control port A               0x600-0x60b   ACPI: events, power-off, timer
+//   0xe9               debug console                       0xb004        ACPI power-off of older PCs
+//   0xf4               isa-debug-exit, as QEMU's           0xcf8-0xcff   PCI configuration: no device;
+//   0x2f8-0x2ff        16550A serial port, IRQ 3                         0xcf9 is the reset control
 //
 // The interrupt controllers and the timer are KVM's: kvm_owns() names their ports.
 #pragma once
 
 #include "shadow/address.hpp"
+#include "vmm/devices/acpi_pm.hpp"
+#include "vmm/devices/fw_cfg.hpp"
 #include "vmm/devices/keyboard_controller.hpp"
 #include "vmm/devices/output.hpp"
 #include "vmm/devices/rtc.hpp"
 #include "vmm/devices/serial.hpp"
+#include "vmm/devices/vga.hpp"
 
 #include <compare>
 #include <cstddef>
@@ -48,6 +52,12 @@ struct PlatformConfig {
     WallClock clock = std::chrono::system_clock::now;
     std::uint64_t low_memory = 0;  ///< bytes of guest RAM below 4 GB, for CMOS
     std::uint64_t high_memory = 0; ///< bytes of guest RAM from 4 GB up, for CMOS
+    OutputSink second_serial_output{};
+    InterruptLine second_serial_interrupt{};               ///< IRQ 3
+    InterruptLine keyboard_interrupt{};                    ///< IRQ 1
+    MonotonicClock timer = std::chrono::steady_clock::now; ///< of ACPI
+    FwCfgConfig fw_cfg{};
+    bool type_input = false; ///< receive() is the keyboard's, not the serial port's
 };
 
 /// Accesses that no device answered. They read all-ones, as a bus does that nobody drives.
@@ -81,14 +91,26 @@ class Platform {
     /// Set from the moment at which the guest ends its run; the first way it chooses counts.
     [[nodiscard]] const std::optional<GuestExit>& exit() const { return exit_; }
 
-    /// Input for the serial port; returns how many bytes it took (Serial::receive).
-    [[nodiscard]] std::size_t receive(std::span<const char> input) { return serial_.receive(input); }
+    /// Input for the first serial port, or text that is typed on the keyboard, as configured; returns how
+    /// many bytes it took (Serial::receive, Keyboard::receive).
+    [[nodiscard]] std::size_t receive(std::span<const char> input) {
+        return type_input_ ? keyboard_.receive(input) : serial_.receive(input);
+    }
+
+    /// `observer` hears of what devices write to RAM, on the thread that runs the vCPU; an empty one ends
+    /// that.
+    void observe_dma(DmaObserver observer) { fw_cfg_.observe(std::move(observer)); }
+
+    /// For vga_screen(). Any thread.
+    [[nodiscard]] VgaTextState vga_text_state() const { return vga_.text_state(); }
 
     /// Passes on output that has not ended its line. The run loop calls this when the guest idles, from time
     /// to time, and at the end.
     void flush();
     /// Whether flush() would pass on anything.
-    [[nodiscard]] bool output_waits() const { return serial_.output_waits() || debug_console_.waits(); }
+    [[nodiscard]] bool output_waits() const {
+        return serial_.output_waits() || second_serial_.output_waits() || debug_console_.waits();
+    }
 
     [[nodiscard]] const UnclaimedAccesses& unclaimed() const { return unclaimed_; }
 
@@ -110,17 +132,29 @@ class Platform {
     void write_debug_exit(Port port, unsigned size, std::uint32_t value);
     std::uint32_t read_serial(Port port, unsigned size);
     void write_serial(Port port, unsigned size, std::uint32_t value);
+    std::uint32_t read_vga(Port port, unsigned size);
+    void write_vga(Port port, unsigned size, std::uint32_t value);
+    std::uint32_t read_fw_cfg(Port port, unsigned size);
+    void write_fw_cfg(Port port, unsigned size, std::uint32_t value);
+    std::uint32_t read_acpi(Port port, unsigned size);
+    void write_acpi(Port port, unsigned size, std::uint32_t value);
     std::uint32_t read_power(Port port, unsigned size);
     void write_power(Port port, unsigned size, std::uint32_t value);
     std::uint32_t read_pci(Port port, unsigned size);
     void write_pci(Port port, unsigned size, std::uint32_t value);
 
     void end_run(GuestExit how);
+    [[nodiscard]] Serial& serial(Port port);
 
     Serial serial_;
+    Serial second_serial_;
     OutputBuffer debug_console_;
     KeyboardController keyboard_;
     Rtc rtc_;
+    Vga vga_;
+    FwCfg fw_cfg_;
+    AcpiPm acpi_;
+    bool type_input_;
     std::uint8_t control_a_ = 0x02; ///< port 0x92: A20 open
     std::uint8_t reset_control_ = 0;
     std::uint32_t pci_address_ = 0;

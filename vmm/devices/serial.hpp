@@ -8,18 +8,15 @@
 // mode.
 #pragma once
 
+#include "vmm/devices/interrupt_line.hpp"
 #include "vmm/devices/output.hpp"
 
 #include <cstddef>
 #include <cstdint>
 #include <deque>
-#include <functional>
 #include <span>
 
 namespace umbra {
-
-/// The state of an interrupt request line: true = asserted. Called only when the level changes.
-using InterruptLine = std::function<void(bool level)>;
 
 /// One UART of eight byte-wide registers. Not thread-safe: the thread that runs the vCPU calls everything
 /// here, and both callbacks run on it.

@@ -226,6 +226,12 @@ Kvm::Kvm() : file_(::open("/dev/kvm", O_RDWR | O_CLOEXEC)) {
     for (const kvm_cpuid_entry2& entry : std::span(list->entries, list->nent))
         cpuid_.push_back(
             {entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx});
+    // Of the TSC-deadline timer, which depends on KVM's interrupt controllers, KVM may tell apart.
+    constexpr std::uint32_t tsc_deadline = 1U << 24;
+    if (control(file_, KVM_CHECK_EXTENSION, KVM_CAP_TSC_DEADLINE_TIMER) > 0)
+        for (CpuidLeaf& entry : cpuid_)
+            if (entry.function == 1)
+                entry.ecx |= tsc_deadline;
 }
 
 Vm Kvm::create_vm() const {
@@ -585,7 +591,21 @@ bool Vcpu::write_msr(std::uint32_t index, std::uint64_t value) {
     list->nmsrs = 1;
     list->entries[0].index = index;
     list->entries[0].data = value;
-    return control(file_, KVM_SET_MSRS, list.get()) == 1;
+    if (control(file_, KVM_SET_MSRS, list.get()) != 1)
+        return false;
+    // The synchronised registers repeat these two: with the next change of any of them, the old values would
+    // be loaded again.
+    constexpr std::uint32_t apic_base = 0x1b, x2apic_task_priority = 0x808;
+    if (index == apic_base)
+        run_->s.regs.sregs.apic_base = value;
+    else if (index == x2apic_task_priority)
+        run_->s.regs.sregs.cr8 = value >> 4 & 0xf;
+    return true;
+}
+
+std::optional<std::uint32_t> Vcpu::tsc_khz() const {
+    const int khz = control(file_, KVM_GET_TSC_KHZ, 0);
+    return khz > 0 ? std::optional(static_cast<std::uint32_t>(khz)) : std::nullopt;
 }
 
 bool Vcpu::write_xcr0(std::uint64_t value) {

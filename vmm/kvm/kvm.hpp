@@ -140,8 +140,13 @@ class Vcpu {
     /// It sleeps no longer.
     void wake();
 
+    /// KVM_GET_MSRS, KVM_SET_MSRS: as userspace, which KVM trusts with more than a guest. Nothing or false if
+    /// KVM has no such register, or refuses the value. What is written to the local APIC's base or task
+    /// priority shows in the synchronised registers at once.
     [[nodiscard]] std::optional<std::uint64_t> read_msr(std::uint32_t index) const;
     [[nodiscard]] bool write_msr(std::uint32_t index, std::uint64_t value);
+    /// KVM_GET_TSC_KHZ: the rate of the machine's TSC; nothing if KVM does not know it.
+    [[nodiscard]] std::optional<std::uint32_t> tsc_khz() const;
     [[nodiscard]] bool write_xcr0(std::uint64_t value);
     [[nodiscard]] std::optional<std::uint64_t> read_xcr0() const;
     /// KVM_GET_XSAVE; nothing if KVM refuses.

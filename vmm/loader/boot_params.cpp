@@ -10,10 +10,6 @@ namespace umbra {
 
 namespace {
 
-// Memory types of the e820 map (ACPI specification, "Query System Address Map").
-constexpr std::uint32_t e820_ram = 1;
-constexpr std::uint32_t e820_reserved = 2;
-
 // The legacy areas below 1 MB: the extended BIOS data area, VGA memory, and the BIOS.
 constexpr GuestPhys extended_bios_data{0x9fc00};
 constexpr GuestPhys vga_memory{0xa0000};
@@ -35,15 +31,15 @@ void put(const GuestMemory& memory, GuestPhys at, const T& object) {
         reject("guest memory is too small for the boot data at {}", at);
 }
 
-void write_page_tables(const GuestMemory& memory) {
+void write_page_tables(const GuestMemory& memory, GuestPhys root_address) {
     using Table = std::array<std::uint64_t, table_entries>;
     constexpr std::uint64_t directories = identity_map_end.value() / (table_entries * large_page_size);
-    constexpr GuestPhys directory_pointers = boot_page_tables + page_size;
-    constexpr GuestPhys first_directory = directory_pointers + page_size;
+    const GuestPhys directory_pointers = root_address + page_size;
+    const GuestPhys first_directory = directory_pointers + page_size;
 
     Table root{};
     root[0] = directory_pointers.value() | table_entry_flags;
-    put(memory, boot_page_tables, root);
+    put(memory, root_address, root);
 
     Table pointers{};
     for (std::uint64_t i = 0; i < directories; ++i) {
@@ -96,34 +92,42 @@ bool is_usable_ram(const GuestMemory& memory, GuestPhys start, std::uint64_t siz
     });
 }
 
-void write_boot_data(const GuestMemory& memory, const setup_header& header, std::string_view command_line,
-                     MemoryBlock initrd) {
-    put(memory, boot_gdt, boot_gdt_entries);
-    write_page_tables(memory);
+std::vector<std::uint64_t> boot_gdt_entries(StartMode mode, std::uint16_t code_selector) {
+    constexpr std::uint64_t code_64 = 0x00af'9b00'0000'ffff, code_32 = 0x00cf'9b00'0000'ffff;
+    constexpr std::uint64_t data = 0x00cf'9300'0000'ffff;
+    std::vector<std::uint64_t> entries(code_selector / descriptor_size);
+    entries.push_back(mode == StartMode::long_mode ? code_64 : code_32);
+    entries.push_back(data);
+    return entries;
+}
 
-    const auto text = memory.range(boot_command_line, command_line.size() + 1);
-    if (text.empty() || command_line.size() > command_line_limit)
-        reject("the command line has {} bytes; there is room for {}", command_line.size(),
-               command_line_limit);
-    std::ranges::copy(std::as_bytes(std::span(command_line)), text.begin());
+void write_boot_data(const GuestMemory& memory, const BootArea& area, const BootData& data) {
+    write_page_tables(memory, area.page_tables());
+
+    const std::string_view line = data.command_line;
+    const auto text = memory.range(area.command_line(), line.size() + 1);
+    if (text.empty() || line.size() > command_line_limit)
+        reject("the command line has {} bytes; there is room for {}", line.size(), command_line_limit);
+    std::ranges::copy(std::as_bytes(std::span(line)), text.begin());
     text.back() = std::byte{0};
 
     boot_params params{};
     params.screen_info = vga_text_screen();
-    params.hdr = header;
+    params.acpi_rsdp_addr = data.rsdp.value();
+    params.hdr = data.header;
     params.hdr.type_of_loader = unknown_boot_loader;
-    params.hdr.cmd_line_ptr = static_cast<std::uint32_t>(boot_command_line.value());
-    params.hdr.ramdisk_image = static_cast<std::uint32_t>(initrd.base.value());
-    params.hdr.ramdisk_size = static_cast<std::uint32_t>(initrd.size);
-    params.ext_ramdisk_image = static_cast<std::uint32_t>(initrd.base.value() >> 32);
-    params.ext_ramdisk_size = static_cast<std::uint32_t>(initrd.size >> 32);
+    params.hdr.cmd_line_ptr = static_cast<std::uint32_t>(area.command_line().value());
+    params.hdr.ramdisk_image = static_cast<std::uint32_t>(data.initrd.base.value());
+    params.hdr.ramdisk_size = static_cast<std::uint32_t>(data.initrd.size);
+    params.ext_ramdisk_image = static_cast<std::uint32_t>(data.initrd.base.value() >> 32);
+    params.ext_ramdisk_size = static_cast<std::uint32_t>(data.initrd.size >> 32);
 
     const auto map = e820_map(memory);
     if (map.size() > E820_MAX_ENTRIES_ZEROPAGE)
         reject("guest memory has too many regions for the memory map");
     std::copy(map.begin(), map.end(), params.e820_table);
     params.e820_entries = static_cast<std::uint8_t>(map.size());
-    put(memory, boot_params_address, params);
+    put(memory, area.boot_params(), params);
 }
 
 } // namespace umbra

@@ -2,7 +2,6 @@
 #include "vmm/loader/compressed.hpp"
 
 #include "vmm/loader/file_bytes.hpp"
-#include "vmm/loader/kernel_image.hpp"
 #include "vmm/loader/lz4.hpp"
 #include "vmm/loader/reject.hpp"
 #include "vmm/loader/setup_header.hpp"

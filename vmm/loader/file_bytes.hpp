@@ -8,6 +8,8 @@
 #include <span>
 #include <type_traits>
 
+#include <elf.h>
+
 namespace umbra {
 
 /// `size` bytes from `offset`; nothing unless all of them are in the file.
@@ -28,6 +30,10 @@ template<class T>
     T object{};
     std::memcpy(&object, bytes->data(), sizeof object);
     return object;
+}
+
+[[nodiscard]] inline bool is_elf(std::span<const std::byte> file) {
+    return file.size() >= SELFMAG && std::memcmp(file.data(), ELFMAG, SELFMAG) == 0;
 }
 
 } // namespace umbra

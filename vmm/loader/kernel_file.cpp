@@ -2,7 +2,6 @@
 #include "vmm/loader/kernel_file.hpp"
 
 #include "vmm/loader/file_bytes.hpp"
-#include "vmm/loader/kernel_image.hpp"
 #include "vmm/loader/reject.hpp"
 #include "vmm/loader/setup_header.hpp"
 
@@ -135,6 +134,8 @@ void read_sections(Bytes file, const typename Class::Header& header, ElfFile& el
              .size = section.sh_size});
     }
     elf.sections = std::move(sections);
+    elf.section_headers = file.subspan(header.e_shoff, table.size() * sizeof(Section));
+    elf.section_of_names = header.e_shstrndx;
     elf.end = std::max(elf.end, end);
 }
 
@@ -599,7 +600,8 @@ constexpr std::array<ProtocolName, kernel_protocols.size()> protocol_names{
      {KernelProtocol::multiboot2, "multiboot2"},
      {KernelProtocol::elf64, "elf64"},
      {KernelProtocol::elf32, "elf32"},
-     {KernelProtocol::flat, "flat"}}};
+     {KernelProtocol::flat, "flat"},
+     {KernelProtocol::flat32, "flat32"}}};
 
 } // namespace
 
@@ -636,6 +638,7 @@ bool KernelFile::offers(KernelProtocol protocol) const {
     case KernelProtocol::elf32:
         return elf && !elf->is_64_bit;
     case KernelProtocol::flat:
+    case KernelProtocol::flat32:
         return true;
     }
     return false;

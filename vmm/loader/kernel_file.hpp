@@ -22,14 +22,17 @@ namespace umbra {
 
 /// How a kernel is started. In the order of automatic choice: Linux by its own protocol, which for Linux is
 /// the only one that tells it everything; then as QEMU's -kernel chooses, multiboot 1 before PVH; then what
-/// QEMU does not know; then what umbra's own guests are, ELF files entered at e_entry; then what any file is.
-enum class KernelProtocol { linux64, linux32, multiboot1, pvh, multiboot2, elf64, elf32, flat };
+/// QEMU does not know; then what umbra's own guests are, ELF files entered at e_entry; then what any file is,
+/// bytes that are entered in 64-bit mode (flat) or 32-bit protected mode (flat32).
+enum class KernelProtocol { linux64, linux32, multiboot1, pvh, multiboot2, elf64, elf32, flat, flat32 };
 
 inline constexpr std::array kernel_protocols{
-    KernelProtocol::linux64,    KernelProtocol::linux32, KernelProtocol::multiboot1, KernelProtocol::pvh,
-    KernelProtocol::multiboot2, KernelProtocol::elf64,   KernelProtocol::elf32,      KernelProtocol::flat};
+    KernelProtocol::linux64, KernelProtocol::linux32,    KernelProtocol::multiboot1,
+    KernelProtocol::pvh,     KernelProtocol::multiboot2, KernelProtocol::elf64,
+    KernelProtocol::elf32,   KernelProtocol::flat,       KernelProtocol::flat32};
 
-/// As users write it: "linux", "linux32", "multiboot1", "multiboot2", "pvh", "elf64", "elf32", "flat".
+/// As users write it: "linux", "linux32", "multiboot1", "multiboot2", "pvh", "elf64", "elf32", "flat",
+/// "flat32".
 [[nodiscard]] std::string_view name(KernelProtocol protocol);
 [[nodiscard]] std::optional<KernelProtocol> kernel_protocol(std::string_view name);
 
@@ -67,6 +70,8 @@ struct ElfFile {
     std::uint64_t entry = 0;   ///< e_entry: virtual or physical, as the protocol says
     std::vector<ElfSegment> segments;
     std::vector<ElfSection> sections; ///< empty if the section headers are damaged: no loader needs them
+    std::span<const std::byte> section_headers; ///< all of them as they are; empty if `sections` is
+    std::uint32_t section_of_names = 0;         ///< e_shstrndx
     std::vector<ElfNote> notes; ///< of all PT_NOTE segments; without such a segment, of SHT_NOTE sections
     std::uint64_t end =
         0; ///< the first byte behind all that the headers tell of; Linux puts relocations there
@@ -170,7 +175,11 @@ struct KernelFile {
     };
     std::vector<Problem> problems;
 
-    /// In the order of automatic choice; `flat` is always the last.
+    /// The Linux kernel itself: other programs borrow the boot protocol of its bzImage, without a payload.
+    [[nodiscard]] bool is_linux() const {
+        return linux_image && (!linux_image->is_bzimage || !linux_image->payload.empty());
+    }
+    /// In the order of automatic choice; `flat` and `flat32` are always the last.
     [[nodiscard]] std::vector<KernelProtocol> protocols() const;
     [[nodiscard]] bool offers(KernelProtocol protocol) const;
     /// The first problem of this protocol, for a message; empty if there is none.

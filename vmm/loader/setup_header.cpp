@@ -13,10 +13,27 @@ namespace {
 constexpr std::uint64_t header_begin = 0x1f1;
 // A short jump over the header is at 0x200; its operand, counted from behind it, tells where the header ends.
 constexpr std::uint64_t jump_operand = 0x201;
+constexpr std::uint64_t boot_flag_offset = 0x1fe;
+constexpr std::uint64_t magic_offset = 0x202;
 constexpr std::uint64_t sector_size = 512;
 constexpr std::uint64_t default_setup_sectors = 4;
 
+/// Where the fields end that a boot protocol has and umbra reads.
+std::uint64_t least_end(std::uint16_t version) {
+    constexpr std::uint16_t with_init_size = 0x020a, with_command_line_size = 0x0206;
+    if (version >= with_init_size)
+        return 0x264;
+    if (version >= first_version_with_payload)
+        return 0x250;
+    return version >= with_command_line_size ? 0x23c : 0x22c;
+}
+
 } // namespace
+
+bool is_bzimage(std::span<const std::byte> file) {
+    return read_object<std::uint16_t>(file, boot_flag_offset) == boot_sector_magic &&
+           read_object<std::uint32_t>(file, magic_offset) == setup_header_magic;
+}
 
 setup_header read_setup_header(std::span<const std::byte> file) {
     const std::uint64_t end = jump_operand + 1 + read_object<std::uint8_t>(file, jump_operand).value_or(0);
@@ -26,6 +43,9 @@ setup_header read_setup_header(std::span<const std::byte> file) {
                file.size());
     setup_header header{};
     std::memcpy(&header, bytes->data(), std::min(bytes->size(), sizeof header));
+    if (end < least_end(header.version))
+        reject("damaged bzImage: its setup header ends at {:#x}, too short for boot protocol {}.{:02}", end,
+               header.version >> 8, header.version & 0xff);
     return header;
 }
 

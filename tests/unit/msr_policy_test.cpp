@@ -1,0 +1,175 @@
+// Unit tests of vmm/msr_policy: what the registers of a booting kernel get, and that what KVM writes by
+// itself stays in guest RAM.
+#include "vmm/msr_policy.hpp"
+
+#include <array>
+
+#include <gtest/gtest.h>
+
+namespace umbra {
+namespace {
+
+constexpr std::uint64_t megabyte = std::uint64_t{1} << 20;
+constexpr std::uint64_t all = ~std::uint64_t{0};
+
+constexpr std::uint32_t apic_base = 0x1b, old_wall_clock = 0x11, old_system_time = 0x12,
+                        wall_clock = 0x4b56'4d00, system_time = 0x4b56'4d01;
+
+constexpr CpuFeatures everything() {
+    CpuFeatures features;
+    features.x2apic = features.tsc_deadline = features.kvmclock = true;
+    return features;
+}
+
+/// Two ranges of RAM, with a hole between them.
+class MsrPolicyTest : public ::testing::Test {
+  protected:
+    [[nodiscard]] MsrWrite write(std::uint32_t index, std::uint64_t value) const {
+        return msr_write(index, value, everything(), memory_);
+    }
+    static MsrRead read(std::uint32_t index) { return msr_read(index, everything()); }
+
+    static constexpr GuestPhys high{4096 * megabyte};
+    std::vector<std::byte> low_bytes_ = std::vector<std::byte>(megabyte), high_bytes_ = low_bytes_;
+    GuestMemory memory_{{{GuestPhys(0), low_bytes_}, {high, high_bytes_}}};
+};
+
+TEST_F(MsrPolicyTest, TableIsAscendingAndFoundAtBothEndsOfEachRow) {
+    std::uint64_t next = 0;
+    for (const MsrRule& rule : msr_rules()) {
+        EXPECT_GE(rule.first, next);
+        EXPECT_GE(rule.last, rule.first);
+        next = std::uint64_t{rule.last} + 1;
+        for (const std::uint32_t index : {rule.first, rule.last}) {
+            EXPECT_EQ(read(index), rule.read) << std::hex << index;
+            EXPECT_EQ(write(index, 0), rule.write) << std::hex << index;
+        }
+    }
+}
+
+TEST_F(MsrPolicyTest, WhatIsNotListedDoesNotExist) {
+    for (const std::uint32_t index : {
+             0x2U,                                                                 // between rows
+             0x48U,        0x49U,                                                  // SPEC_CTRL, PRED_CMD
+             0x186U,       0x309U,       0x38fU,       0xc001'0000U, 0xc001'0200U, // performance counters
+             0x400U,       0x401U,                                                 // machine-check banks
+             0x480U,                                                               // VMX
+             0x20eU + 2,   0x24fU,       0x280U,                                   // beside the MTRRs
+             0x4000'0000U, 0x4000'0001U, // Hyper-V's, by which KVM writes code into guest memory
+             0x4b56'4d02U, 0x4b56'4d03U, 0x4b56'4d04U, 0x4b56'4d05U, // KVM's, with addresses of the guest's
+             0xc001'0112U, 0xc001'0114U, 0xc001'0117U, 0xc001'011fU, 0xc001'1020U, // SMM, SVM, SSBD
+             0xffff'ffffU,
+         }) {
+        EXPECT_EQ(read(index).kind, MsrRead::refused) << std::hex << index;
+        EXPECT_EQ(write(index, 0), MsrWrite::refused) << std::hex << index;
+    }
+}
+
+TEST_F(MsrPolicyTest, RegistersOfFeaturesThatAreNotThere) {
+    const CpuFeatures none;
+    for (const std::uint32_t index :
+         {old_wall_clock, old_system_time, wall_clock, system_time, 0x6e0U, 0x800U, 0x80bU, 0x8ffU}) {
+        EXPECT_EQ(read(index), (MsrRead{MsrRead::machine, all})) << std::hex << index;
+        EXPECT_EQ(write(index, 0), MsrWrite::machine) << std::hex << index;
+        EXPECT_EQ(msr_read(index, none), MsrRead{}) << std::hex << index;
+        EXPECT_EQ(msr_write(index, 0, none, memory_), MsrWrite::refused) << std::hex << index;
+    }
+    CpuFeatures clock_only;
+    clock_only.kvmclock = true;
+    EXPECT_EQ(msr_read(system_time, clock_only).kind, MsrRead::machine);
+    EXPECT_EQ(msr_read(0x6e0, clock_only).kind, MsrRead::refused);
+    EXPECT_EQ(msr_read(0x10, none).kind, MsrRead::machine); // of no feature
+}
+
+TEST_F(MsrPolicyTest, SystemTimeIsWrittenToRamOnly) {
+    constexpr std::uint64_t size = 32;
+    for (const std::uint32_t index : {system_time, old_system_time}) {
+        const auto enable = [&](std::uint64_t address) { return write(index, address | 1); };
+        EXPECT_EQ(enable(0), MsrWrite::machine);
+        EXPECT_EQ(enable(megabyte - size), MsrWrite::machine);
+        EXPECT_EQ(enable(high.value()), MsrWrite::machine);
+        EXPECT_EQ(enable((high + megabyte - size).value()), MsrWrite::machine);
+        // Reaches out of RAM, lies in the hole, just below the second range, behind all.
+        for (const std::uint64_t address :
+             {megabyte - size + 2, megabyte - 2, megabyte, high.value() - size, high.value() - 2,
+              (high + megabyte - size + 2).value(), (high + megabyte).value(), std::uint64_t{1} << 45,
+              std::uint64_t{1} << 63, all - size, all - 1})
+            EXPECT_EQ(enable(address), MsrWrite::refused) << std::hex << address;
+        // Not enabled, nothing is written.
+        EXPECT_EQ(write(index, 0), MsrWrite::machine);
+        EXPECT_EQ(write(index, megabyte), MsrWrite::machine);
+    }
+}
+
+TEST_F(MsrPolicyTest, WallClockIsWrittenToRamOnly) {
+    constexpr std::uint64_t size = 12;
+    for (const std::uint32_t index : {wall_clock, old_wall_clock}) {
+        EXPECT_EQ(write(index, 0x1000), MsrWrite::machine);
+        EXPECT_EQ(write(index, 0x1001), MsrWrite::machine); // bit 0 is the address's
+        EXPECT_EQ(write(index, megabyte - size), MsrWrite::machine);
+        EXPECT_EQ(write(index, high.value()), MsrWrite::machine);
+        for (const std::uint64_t address : {megabyte - size + 1, megabyte - 1, megabyte, high.value() - 1,
+                                            (high + megabyte - size + 1).value(), all, all - size})
+            EXPECT_EQ(write(index, address), MsrWrite::refused) << std::hex << address;
+    }
+}
+
+TEST_F(MsrPolicyTest, ApicBase) {
+    constexpr std::uint64_t window = 0xfee0'0000, bootstrap = 1U << 8, x2apic = 1U << 10, enabled = 1U << 11;
+    constexpr std::uint64_t off = window | bootstrap;
+    constexpr std::array modes{off, off | enabled, off | enabled | x2apic};
+    // From each mode, to each (Intel SDM vol. 3A, figure 10-27).
+    constexpr std::array<std::array<bool, 3>, 3> allowed{
+        {{true, true, false}, {true, true, true}, {true, false, true}}};
+    for (std::size_t from = 0; from < modes.size(); ++from)
+        for (std::size_t to = 0; to < modes.size(); ++to) {
+            EXPECT_EQ(apic_base_allowed(modes.at(from), modes.at(to), everything()), allowed.at(from).at(to))
+                << from << " to " << to;
+            // The window and the bootstrap bit stay.
+            for (const std::uint64_t other : {bootstrap, std::uint64_t{0x1000}, std::uint64_t{1} << 45, all})
+                EXPECT_FALSE(apic_base_allowed(modes.at(from), modes.at(to) ^ other, everything()));
+        }
+    EXPECT_FALSE(apic_base_allowed(off | enabled, off | x2apic, everything())); // no such mode
+    EXPECT_FALSE(apic_base_allowed(off, off | x2apic, everything()));
+    CpuFeatures without;
+    EXPECT_FALSE(apic_base_allowed(modes[1], modes[2], without));
+    EXPECT_TRUE(apic_base_allowed(modes[1], modes[0], without));
+    EXPECT_EQ(write(apic_base, 0), MsrWrite::apic_base);
+}
+
+/// What Linux does without asking first, and would complain of if it faulted.
+TEST_F(MsrPolicyTest, RegistersThatLinuxTakesForGranted) {
+    // Read, on Intel's CPUs and on AMD's.
+    for (const std::uint32_t index :
+         {0x10U, 0x17U, apic_base, 0x8bU, 0xcdU, 0xfeU, 0x10aU, 0x179U, 0x17aU, 0x1a0U, 0x1d9U, 0x2ffU,
+          0xc001'0010U, 0xc001'0015U, 0xc001'001fU, 0xc001'0055U, 0xc001'0140U})
+        EXPECT_NE(read(index).kind, MsrRead::refused) << std::hex << index;
+    // Written.
+    for (const std::uint32_t index : {0x79U, 0x8bU, 0x17aU, 0x1a0U, 0x200U, 0x20fU, 0x250U, 0x26fU, 0x2ffU,
+                                      0xc001'0015U, 0xc001'001fU, 0xc001'0020U})
+        EXPECT_NE(write(index, 0), MsrWrite::refused) << std::hex << index;
+    // By which it decides: no machine-check banks; the TSC counts as P0; feature control is locked.
+    EXPECT_EQ(read(0x179), (MsrRead{MsrRead::fixed, 0}));
+    EXPECT_EQ(read(0xc001'0015), (MsrRead{MsrRead::fixed, 1U << 24}));
+    EXPECT_EQ(read(0x3a), (MsrRead{MsrRead::fixed, 1}));
+    // No CPUID faulting, which would be the machine's.
+    EXPECT_EQ(read(0xce), (MsrRead{MsrRead::fixed, 0}));
+    EXPECT_EQ(write(0x140, 1), MsrWrite::unchanged);
+    // That enhanced IBRS is there (bit 1) would make it write SPEC_CTRL; that the CPU is not vulnerable to
+    // Meltdown (bit 0) makes page-table isolation unnecessary.
+    EXPECT_EQ(read(0x10a).kind, MsrRead::machine);
+    EXPECT_EQ(read(0x10a).value & 3, 1U);
+}
+
+/// Registers in which userspace's writes do what a guest's must not.
+TEST_F(MsrPolicyTest, WritesThatKvmTakesFromUserspaceOnly) {
+    EXPECT_EQ(write(0x8b, 0), MsrWrite::ignored);   // the microcode's revision would become what is written
+    EXPECT_EQ(write(0x3b, 1), MsrWrite::unchanged); // would be read back, but move no TSC
+    EXPECT_EQ(write(0x10a, 0), MsrWrite::refused);  // capabilities
+    EXPECT_EQ(write(0xfe, 0), MsrWrite::refused);   // likewise
+    EXPECT_EQ(write(0xc001'0140, 0), MsrWrite::refused);
+    EXPECT_EQ(write(0x1d9, 2), MsrWrite::unchanged); // BTF would change what the monitor's steps are
+}
+
+} // namespace
+} // namespace umbra

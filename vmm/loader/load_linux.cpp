@@ -1,0 +1,96 @@
+// Linux: bzImages by their 64-bit or 32-bit entry, and vmlinux, which is also what a bzImage contains.
+#include "vmm/loader/memory_size.hpp"
+#include "vmm/loader/protocols.hpp"
+#include "vmm/loader/reject.hpp"
+#include "vmm/loader/setup_header.hpp"
+
+#include <algorithm>
+
+namespace umbra {
+
+namespace {
+
+constexpr GuestPhys high_load_address{0x100000};
+
+// The boot protocols that brought the fields of the setup header, and what older kernels stand for.
+constexpr std::uint16_t first_with_initrd_limit = 0x0203, first_with_command_line_size = 0x0206,
+                        first_with_preferred_address = 0x020a;
+constexpr std::uint32_t default_initrd_limit = 0x37ff'ffff, default_command_line_size = 255;
+
+setup_header complete(setup_header header) {
+    if (header.version < first_with_initrd_limit)
+        header.initrd_addr_max = default_initrd_limit;
+    if (header.version < first_with_command_line_size)
+        header.cmdline_size = default_command_line_size;
+    if (header.version < first_with_preferred_address) {
+        header.pref_address = header.code32_start;
+        header.init_size = 0;
+    }
+    return header;
+}
+
+GuestPhys initrd_limit(const setup_header& header) {
+    return GuestPhys{std::uint64_t{header.initrd_addr_max} + 1};
+}
+
+/// The code of a bzImage as it is, which unpacks the kernel in the guest.
+LoadedKernel load_bzimage(const LoadContext& context, const LinuxImage& image) {
+    setup_header header = complete(image.header);
+    // Relocatable kernels are loaded there as well: Linux does not unpack itself below its preferred address,
+    // so a lower one would save no memory.
+    const GuestPhys load = header.pref_address == 0 ? high_load_address : GuestPhys{header.pref_address};
+    const std::uint64_t size = std::max<std::uint64_t>(header.init_size, image.code_size);
+    if (load < high_load_address || load >= low_memory_end || size > low_memory_end - load)
+        reject("not supported: a bzImage that wants {:#x} bytes at {}; it must lie between {} and {}", size,
+               load, high_load_address, low_memory_end);
+    load_parts({{.start = load,
+                 .size = size,
+                 .contents = context.file.subspan(image.code_offset, image.code_size),
+                 .linked = GuestVirt{load.value()}}},
+               context.plan);
+    header.code32_start = static_cast<std::uint32_t>(load.value());
+    const bool long_mode = context.protocol == KernelProtocol::linux64;
+    LoadedKernel kernel =
+        finish_boot_data(context, long_mode ? StartMode::long_mode : StartMode::protected_mode, header,
+                         {load + size, initrd_limit(header)});
+    kernel.entry = GuestVirt{load.value() + (long_mode ? long_mode_entry : 0)};
+    return kernel;
+}
+
+LoadedKernel load_vmlinux(const LoadContext& context, const ElfFile& elf, std::span<const std::byte> file,
+                          const setup_header& header) {
+    const KernelParts parts = parts_of(elf, file);
+    check_entry(parts, GuestPhys{elf.entry});
+    load_parts(parts, context.plan);
+    LoadedKernel kernel =
+        finish_boot_data(context, StartMode::long_mode, header, {end_of(parts), initrd_limit(header)});
+    kernel.entry = GuestVirt{elf.entry};
+    return kernel;
+}
+
+/// Whether the kernel can be taken out of the bzImage and be entered without its decompressor, which for most
+/// kernels executes more instructions than the rest of the boot.
+bool unpacks_here(const LoadContext& context, const LinuxImage& image) {
+    return context.protocol == KernelProtocol::linux64 && !context.request.guest_decompress &&
+           !image.payload.empty() && can_unpack(image.compression);
+}
+
+} // namespace
+
+LoadedKernel load_linux(const LoadContext& context) {
+    const LinuxImage& image = *context.kernel.linux_image;
+    if (!image.is_bzimage)
+        return load_vmlinux(context, *context.kernel.elf, context.file, header_without_bzimage());
+    if (!unpacks_here(context, image))
+        return load_bzimage(context, image);
+    const std::vector<std::byte> vmlinux = unpack_payload(image.payload, unpacked_kernel_limit);
+    const KernelFile kernel = read_kernel_file(vmlinux);
+    if (!kernel.offers(KernelProtocol::elf64))
+        reject("damaged bzImage: what it contains is no 64-bit kernel; {}",
+               kernel.problem(KernelProtocol::elf64));
+    setup_header header = complete(image.header);
+    header.code32_start = static_cast<std::uint32_t>(kernel.elf->entry);
+    return load_vmlinux(context, *kernel.elf, vmlinux, header);
+}
+
+} // namespace umbra
