@@ -82,6 +82,74 @@ bool pushes_error_code(std::uint8_t vector) {
     return vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21;
 }
 
+/// What is at RIP, for Monitor::run_ahead.
+struct Ahead {
+    std::uint64_t skip = 0; ///< bytes to go on by, for instructions that do no more than that
+    bool emulate = false;   ///< behind them is an instruction that would trap, if the guest ran
+};
+constexpr std::size_t ahead_bytes = 16;
+
+/// The length of a NOP with a ModRM byte at the start of `code`, as kernels put over what they need not do
+/// (Intel SDM vol. 2B, NOP); 0 if there is none.
+std::size_t long_nop(std::span<const std::byte> code) {
+    const std::size_t prefix = !code.empty() && code[0] == std::byte{0x66} ? 1 : 0;
+    if (code.size() < prefix + 3 || code[prefix] != std::byte{0x0f} || code[prefix + 1] != std::byte{0x1f})
+        return 0;
+    const auto modrm = std::to_integer<unsigned>(code[prefix + 2]);
+    const unsigned mod = modrm >> 6, rm = modrm & 7;
+    std::size_t length = prefix + 3 + (mod != 3 && rm == 4 ? 1 : 0);
+    if (mod == 1)
+        length += 1;
+    if (mod == 2 || (mod == 0 && rm == 5))
+        length += 4;
+    return length <= code.size() ? length : 0;
+}
+
+/// How far a short jump at the start of `code` goes from its own address, if that is forward and in `code`;
+/// otherwise 0.
+std::size_t short_jump(std::span<const std::byte> code) {
+    constexpr std::size_t instruction = 2, most_forward = 0x7f;
+    if (code.size() < instruction || code[0] != std::byte{0xeb})
+        return 0;
+    const auto distance = std::to_integer<std::size_t>(code[1]);
+    return distance <= most_forward && instruction + distance < code.size() ? instruction + distance : 0;
+}
+
+Ahead look_ahead(std::span<const std::byte> code) {
+    Ahead ahead;
+    const auto next = [&]<class... Bytes>(Bytes... expected) {
+        const std::array<std::uint8_t, sizeof...(Bytes)> pattern{static_cast<std::uint8_t>(expected)...};
+        return code.size() >= pattern.size() &&
+               std::ranges::equal(code.first(pattern.size()), std::as_bytes(std::span(pattern)));
+    };
+    const auto skip = [&](std::size_t length) {
+        ahead.skip += length;
+        code = code.subspan(length);
+    };
+    for (bool skipped = true; skipped;) {
+        skipped = true;
+        if (next(0x90)) // nop
+            skip(1);
+        else if (next(0x66, 0x90))
+            skip(2);
+        else if (const std::size_t length = long_nop(code); length != 0)
+            skip(length);
+        else if (next(0x0f, 0xae, 0xf0) || next(0x0f, 0xae, 0xe8)) // mfence, lfence
+            skip(3);
+        else if (next(0xf3, 0x0f, 0x1e, 0xfa)) // endbr64
+            skip(4);
+        else if (const std::size_t distance = short_jump(code); distance != 0)
+            skip(distance);
+        else
+            skipped = false;
+    }
+    constexpr auto modrm_reg = [](std::byte modrm) { return std::to_integer<unsigned>(modrm) >> 3 & 7; };
+    const bool loads_segment = next(0x8e) && code.size() > 1 && modrm_reg(code[1]) != 2; // not SS
+    ahead.emulate = loads_segment || next(0x0f, 0x01, 0xf8) || next(0x48, 0x0f, 0x07) || next(0x48, 0xcf) ||
+                    next(0x0f, 0x30) || next(0x0f, 0x32) || next(0x0f, 0x20) || next(0x0f, 0x22);
+    return ahead;
+}
+
 template<class... Cases>
 struct Overloaded : Cases... {
     using Cases::operator()...;
@@ -542,8 +610,11 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
                     return verdict;
                 if (debugger_)
                     debugger_->executed();
-                if (!stepping)
+                if (!stepping) {
+                    if (!done.interrupt_shadow) // in it the guest must run
+                        run_ahead();
                     return std::nullopt;
+                }
                 cpu_.dr6 |= std::uint64_t{1} << 14; // BS
                 return deliver_event(Event::of({Vector::debug, std::nullopt, {}}), TrapReason::exception);
             },
@@ -585,7 +656,29 @@ Monitor::Step Monitor::handle_syscall() {
     trap_.action = TrapAction::enter;
     if (debugger_)
         debugger_->executed();
+    run_ahead();
     return std::nullopt;
+}
+
+/// Emulates what comes next, as long as it would trap at once: around SWAPGS, at the beginning and the end of
+/// a system call, kernels have such instructions in a row, and each saves the way into the guest and back.
+void Monitor::run_ahead() {
+    constexpr unsigned most = 8; // a guest's loop of such instructions must not keep the monitor here
+    const auto may = [this] {
+        return cpu_.cpl == 0 && cpu_.cs.long_mode && (cpu_.rflags & rflags::trap) == 0 && !debugger_ &&
+               checks_ == nullptr && !table_write_;
+    };
+    for (unsigned i = 0; i < most && may(); ++i) {
+        std::array<std::byte, ahead_bytes> bytes{};
+        const Ahead next = look_ahead(std::span(bytes).first(space().peek(GuestVirt(cpu_.rip), bytes)));
+        if (!next.emulate)
+            return;
+        cpu_.rip += next.skip;
+        if (!std::holds_alternative<emulated::Done>(emulate(cpu_, space(), *this)))
+            return; // whatever it is else, it comes again by its own trap
+        log_.count_ahead();
+        refresh_control();
+    }
 }
 
 Monitor::Step Monitor::deliver_event(const Event& event, TrapReason reason) {

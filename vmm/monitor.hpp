@@ -46,6 +46,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     Step handle_page_fault(const Trap& trap);
     Step handle_exception(const Trap& trap);
     Step handle_syscall();
+    void run_ahead();
     Step deliver_event(const Event& event, TrapReason reason);
     Step finish_user_entry();
     Step complete_event(const Event& event);

@@ -80,6 +80,7 @@ Stats gather_stats(const TrapLog& log, const Mmu* mmu, const UnclaimedAccesses& 
         }
     }
     std::ranges::stable_sort(stats.traps, std::ranges::greater(), &Stats::Traps::microseconds);
+    stats.ahead = log.ahead();
     stats.instructions.assign(log.instructions().begin(), log.instructions().end());
     std::ranges::stable_sort(stats.instructions, std::ranges::greater(), &TrapLog::Instruction::count);
     if (mmu != nullptr)
@@ -109,6 +110,8 @@ std::string stats_text(const Stats& stats) {
         line("\n{:20}{:>12}", "instruction", "count");
     for (const TrapLog::Instruction& instruction : stats.instructions)
         line("{:20}{:12}", instruction.mnemonic, instruction.count);
+    if (stats.ahead != 0)
+        line("{:20}{:12}  more, emulated behind these before they could trap", "", stats.ahead);
     if (stats.shadow) {
         line("\n{:20}{:>12}", "shadow MMU", "count");
         for (const auto& counter : mmu_counters)
@@ -139,6 +142,7 @@ std::string stats_json(const Stats& stats) {
     Json& instructions = json["instructions"] = Json::object();
     for (const TrapLog::Instruction& instruction : stats.instructions)
         instructions[instruction.mnemonic] = instruction.count;
+    json["instructions_ahead"] = stats.ahead;
     if (stats.shadow) {
         Json& shadow = json["shadow"];
         for (const auto& counter : mmu_counters)

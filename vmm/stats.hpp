@@ -29,6 +29,7 @@ struct Stats {
     double wall_seconds = 0;                        ///< of the guest's run
     std::vector<Traps> traps;                       ///< by time in umbra, most first
     std::vector<TrapLog::Instruction> instructions; ///< that trapped, most frequent first
+    std::uint64_t ahead = 0;                        ///< TrapLog::ahead
     std::optional<Shadow> shadow;                   ///< only of an engine with shadow tables
     UnclaimedAccesses unclaimed;
 };
@@ -45,9 +46,9 @@ struct Stats {
 ///   wall_seconds
 ///   traps    count, microseconds, by_reason: [{reason, action, count, microseconds}]
 ///   instructions  {mnemonic: count}, of those that trapped
+///   instructions_ahead  emulated behind them, before they could trap
 ///   shadow   one number for each of MmuCounters, and table_pages {in_use, high_water, capacity}; absent
-///   without
-///            shadow tables
+///            without shadow tables
 ///   unclaimed_accesses  port_reads, port_writes, mmio_reads, mmio_writes
 [[nodiscard]] std::string stats_json(const Stats& stats);
 

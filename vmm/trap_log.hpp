@@ -114,6 +114,9 @@ class TrapLog {
     };
     [[nodiscard]] std::span<const Instruction> instructions() const { return instructions_; }
     [[nodiscard]] std::uint64_t added() const { return added_; }
+    /// Instructions that the monitor emulated behind one that had trapped, before they could.
+    void count_ahead() { ++ahead_; }
+    [[nodiscard]] std::uint64_t ahead() const { return ahead_; }
     /// The last records, oldest first; at most `remembered`.
     [[nodiscard]] std::vector<TrapRecord> last() const;
 
@@ -139,7 +142,7 @@ class TrapLog {
         totals_{};
     std::array<TrapRecord, remembered> last_{};
     std::vector<Instruction> instructions_;
-    std::uint64_t added_ = 0;
+    std::uint64_t added_ = 0, ahead_ = 0;
     std::unique_ptr<std::FILE, Close> trace_;
     bool trace_failed_ = false;
     double trace_rate_ = 1; ///< ticks_per_microsecond() when the trace began: one scale for all of it

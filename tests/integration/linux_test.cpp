@@ -76,11 +76,14 @@ TEST_P(LinuxTest, PassesItsChecksAndPowersOff) {
               << ", clock source " << said(ended, "clock source: (\\S+)") << "\n";
 }
 
+/// Then it also chooses its own address (KASLR); and it keeps its page tables from its programs (PTI), as it
+/// does by itself on CPUs that need it.
 TEST_P(LinuxTest, UnpacksItselfIfAsked) {
     const Ended ended =
-        boot(std::string("quiet forks=10 fill=5 ") + (emulated_host() ? "seconds=20" : "seconds=5"),
+        boot(std::string("pti=on forks=10 fill=5 ") + (emulated_host() ? "seconds=20" : "seconds=5"),
              {"--guest-decompress"});
     EXPECT_EQ(ended.exit_code, 0) << ended;
+    EXPECT_NE(said(ended, "(page tables isolation: enabled)"), "") << ended;
     EXPECT_NE(said(ended, "(linux: processes: 10 of 10 fork)"), "") << ended;
 }
 

@@ -186,7 +186,8 @@ TEST(StatsJson, HasTheDocumentedKeys) {
     EXPECT_EQ(parsed.at("unclaimed_accesses"),
               (json{{"port_reads", 1}, {"port_writes", 22}, {"mmio_reads", 333}, {"mmio_writes", 4444}}));
     EXPECT_EQ(parsed.at("instructions"), json::object());
-    EXPECT_EQ(parsed.size(), 5U);
+    EXPECT_EQ(parsed.at("instructions_ahead"), 0);
+    EXPECT_EQ(parsed.size(), 6U);
 }
 
 TEST(StatsInstructions, AreCountedByName) {
@@ -198,8 +199,10 @@ TEST(StatsInstructions, AreCountedByName) {
         record.reason = TrapReason::instruction;
         record.instruction = mnemonic;
         log.add(record);
+        log.count_ahead();
     }
     const Stats stats = gather_stats(log, nullptr, {}, 1, 1);
+    EXPECT_EQ(json::parse(stats_json(stats)).at("instructions_ahead"), 3);
     EXPECT_EQ(json::parse(stats_json(stats)).at("instructions"), (json{{"cli", 2}, {"hlt", 1}}));
     const std::string text = stats_text(stats);
     EXPECT_LT(text.find("cli"), text.find("hlt")); // the most frequent first
