@@ -117,9 +117,14 @@ void GdbSession::attach(Debugger* debugger) {
 
 // --- The guest's comings and goings
 
+/// Not beyond a client's end before that is handled: from then on, answers go to the next one.
 void GdbSession::take_events() {
-    while (auto event = server_.next())
+    while (events_.empty() || events_.back().kind != ServerEvent::Kind::disconnected) {
+        auto event = server_.next();
+        if (!event)
+            return;
         events_.push_back(std::move(*event));
+    }
 }
 
 bool GdbSession::poll() {
@@ -140,6 +145,8 @@ DebugFrontend::Serve GdbSession::serve() {
         events_.pop_front();
         if (const auto next = handle(event))
             return *next;
+        if (events_.empty())
+            take_events();
     }
     // What came was nothing that stops the guest; or the client has gone.
     return client_waits_ || (!connected_ && !pause_) ? Serve::resume : Serve::waiting;
