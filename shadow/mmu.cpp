@@ -228,6 +228,8 @@ void Mmu::begin_table_write() {
 std::vector<TableWrite> Mmu::finish_table_write() {
     const auto editing = edit();
     std::vector<TableWrite> writes;
+    if (!open_.empty())
+        tables_.stop_others(); // a page that is open is so for all, and their TLBs know it as writable
     for (const GuestFrame frame : open_) {
         const auto found = tables_.guest_tables_.find(frame);
         if (found == tables_.guest_tables_.end())

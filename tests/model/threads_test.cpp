@@ -5,6 +5,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <random>
 #include <string>
 #include <thread>
@@ -93,7 +94,7 @@ class Vcpu {
   public:
     Vcpu(Guest& guest, ShadowTables& tables, const TablePool& pool, const std::atomic<unsigned>& kicks,
          unsigned number)
-        : guest_(guest), pool_(pool), kicks_(kicks), mmu_(tables, number), number_(number),
+        : guest_(guest), tables_(tables), pool_(pool), kicks_(kicks), mmu_(tables, number), number_(number),
           space_(guest.new_space(number)), random_(number) {
         for (unsigned page = 0; page < private_pages; ++page)
             expected_.at(page) = Guest::data_frame(number * private_pages + page);
@@ -114,6 +115,10 @@ class Vcpu {
     static GuestVirt alias(GuestPhys at) { return linear + at.value(); }
 
     void act() {
+        if (below(64) == 0) { // the next write to a table would make up for one that was missed
+            if (const auto broken = tables_.audit())
+                fail(fmt::format("vCPU {}: {}", number_, *broken));
+        }
         switch (below(12)) {
         case 0: { // its own page, moved and flushed: only the new one may be seen
             const std::uint64_t page = below(private_pages);
@@ -180,8 +185,8 @@ class Vcpu {
             const MachineFrame root = enter();
             const auto reached = translate_by_hardware(root, at, write);
             if (reached) {
-                if (write && below(2) == 0)
-                    std::this_thread::yield(); // a chance for the others to take away what was found
+                if (write && below(2) == 0) // a chance for the others to take away what was found
+                    std::this_thread::sleep_for(std::chrono::microseconds(below(50)));
                 effect();
             }
             mmu_.left();
@@ -251,6 +256,7 @@ class Vcpu {
     }
 
     Guest& guest_;
+    const ShadowTables& tables_;
     const TablePool& pool_;
     const std::atomic<unsigned>& kicks_;
     Mmu mmu_;

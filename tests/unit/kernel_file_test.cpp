@@ -4,6 +4,7 @@
 
 #include "vmm/error.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <functional>
 #include <initializer_list>
@@ -908,7 +909,7 @@ struct BzImage {
         std::memcpy(file.data() + 0x1f1, &header, sizeof header);
         std::memcpy(file.data() + 0x300, version.data(), version.size());
         EXPECT_LE(payload_at + payload.size(), code_size);
-        std::memcpy(file.data() + setup_size + payload_at, payload.data(), payload.size());
+        std::ranges::copy(payload, file.begin() + setup_size + payload_at);
         return file;
     }
 };

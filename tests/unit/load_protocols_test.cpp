@@ -6,6 +6,7 @@
 #include "vmm/loader/acpi_tables.hpp"
 #include "vmm/machine.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <filesystem>
@@ -664,7 +665,7 @@ Bytes bzimage(const Bytes& payload, std::uint16_t version = 0x020f, std::uint16_
     std::memcpy(file.data() + 0x1f1, &header, sizeof header);
     file[0x200] = std::byte{0xeb};
     file[0x201] = static_cast<std::byte>(0x1f1 + sizeof header - 0x202);
-    std::memcpy(file.data() + setup_size + payload_offset, payload.data(), payload.size());
+    std::ranges::copy(payload, file.begin() + setup_size + payload_offset);
     return file;
 }
 
