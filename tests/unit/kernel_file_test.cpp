@@ -909,7 +909,7 @@ struct BzImage {
         std::memcpy(file.data() + 0x1f1, &header, sizeof header);
         std::memcpy(file.data() + 0x300, version.data(), version.size());
         EXPECT_LE(payload_at + payload.size(), code_size);
-        std::ranges::copy(payload, file.begin() + setup_size + payload_at);
+        std::ranges::copy(payload, file.data() + setup_size + payload_at);
         return file;
     }
 };

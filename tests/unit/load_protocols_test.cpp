@@ -665,7 +665,7 @@ Bytes bzimage(const Bytes& payload, std::uint16_t version = 0x020f, std::uint16_
     std::memcpy(file.data() + 0x1f1, &header, sizeof header);
     file[0x200] = std::byte{0xeb};
     file[0x201] = static_cast<std::byte>(0x1f1 + sizeof header - 0x202);
-    std::ranges::copy(payload, file.begin() + setup_size + payload_offset);
+    std::ranges::copy(payload, file.data() + setup_size + payload_offset);
     return file;
 }
 
