@@ -985,7 +985,7 @@ static Guard guard_of_slot(const Guards& guards, const Guard& of_all, unsigned s
 /// an access that its entry does not let through would miss for ever.
 Guard ShadowTables::guard_on(GuestVirt at, GuestFrame frame) const {
     Guard guard;
-    if (open_.executable.contains({at.page_base(), frame}))
+    if (open_pages_.contains({at.page_base(), frame}))
         return guard;
     if (const auto found = guards_.frames.find(frame); found != guards_.frames.end())
         guard = found->second;
@@ -1006,11 +1006,11 @@ bool ShadowTables::has_guard(GuestVirt at, const Level& level) const {
 
 /// Until close_guards, what is guarded of this page, at this address and of this frame, is let through.
 void ShadowTables::open_guard(GuestVirt at, GuestFrame frame) {
-    open_.executable.emplace(at.page_base(), frame);
+    open_pages_.emplace(at.page_base(), frame);
 }
 
 void ShadowTables::close_guards() {
-    open_ = {};
+    open_pages_.clear();
     for (const ShadowSlot place : std::exchange(opened_, {})) {
         if (table(place.table).live)
             drop_entry(place.table, place.slot);
@@ -1025,7 +1025,7 @@ Guard ShadowTables::guard_of_entry(const Table& table, unsigned slot, MachineFra
     const auto opens = [&](const auto& open) {
         return paging_4_level.level(1).index(open.first) == slot && machine_frame(open.second) == frame;
     };
-    if (std::ranges::any_of(open_.executable, opens))
+    if (std::ranges::any_of(open_pages_, opens))
         return guard;
     const GuestFrame same(frame.number());
     if (const auto found = guards_.frames.find(same); found != guards_.frames.end())
@@ -1040,7 +1040,7 @@ ShadowEntry ShadowTables::guarded_entry(TableIndex index, unsigned slot, Machine
                                         std::uint64_t rights) {
     if (guards_.frames.empty() && guards_.pages.empty())
         return {frame, rights};
-    if (!open_.executable.empty())
+    if (!open_pages_.empty())
         opened_.push_back({index, slot}); // may have been let through
     const Guard guard = guard_of_entry(table(index), slot, frame);
     if (guard.read) // x86 has no pages to write to or execute alone

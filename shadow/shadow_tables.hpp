@@ -334,8 +334,8 @@ class ShadowTables {
     Guards guards_;
     /// By level, 1 to 4, and slot: what lies in a guarded page, by all such pages' addresses.
     std::array<std::array<Guard, entries_per_table>, 4> guarded_slots_{};
-    Guards open_;                    ///< not in force until close_guards
-    std::vector<ShadowSlot> opened_; ///< entries that have more rights for it
+    std::set<std::pair<GuestVirt, GuestFrame>> open_pages_; ///< not guarded until close_guards
+    std::vector<ShadowSlot> opened_;                        ///< entries that have more rights for it
 
     ReverseMap reverse_;
     std::vector<GuestTable*> candidates_; ///< have been quiet for long enough

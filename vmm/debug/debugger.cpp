@@ -109,12 +109,12 @@ std::optional<GuestPhys> Debugger::translate(GuestVirt at, std::optional<GuestFr
 
 /// Calls `piece(physical, its RAM, offset)` for each page-bounded piece of [at, at + size), until one is
 /// missing. Returns how far it came.
-template<class Piece>
-std::size_t Debugger::for_each_piece(GuestVirt at, std::size_t size, Piece piece) const {
+template<class Address, class Piece>
+std::size_t Debugger::for_each_piece(Address at, std::size_t size, Piece piece) const {
     for (std::size_t done = 0; done < size;) {
-        const GuestVirt here = at + done;
+        const Address here = at + done;
         const std::size_t length = std::min<std::size_t>(size - done, page_size - here.page_offset());
-        const auto physical = translate(here);
+        const std::optional<GuestPhys> physical = translate(here);
         const auto ram = physical ? target_.memory.range(*physical, length) : std::span<std::byte>();
         if (ram.empty())
             return done;
@@ -145,43 +145,23 @@ void Debugger::copy_in(std::span<std::byte> ram, GuestPhys at, std::span<const s
     (void)target_.tables.wrote(at, from.size());
 }
 
-std::size_t Debugger::read(GuestVirt at, std::span<std::byte> into) const {
+template<class Address>
+std::size_t Debugger::read(Address at, std::span<std::byte> into) const {
     return for_each_piece(at, into.size(), [&](GuestPhys physical, auto ram, std::size_t offset) {
         copy_out(ram, physical, into.subspan(offset, ram.size()));
     });
 }
+template std::size_t Debugger::read(GuestVirt at, std::span<std::byte> into) const;
+template std::size_t Debugger::read(GuestPhys at, std::span<std::byte> into) const;
 
-std::size_t Debugger::write(GuestVirt at, std::span<const std::byte> from) {
+template<class Address>
+std::size_t Debugger::write(Address at, std::span<const std::byte> from) {
     return for_each_piece(at, from.size(), [&](GuestPhys physical, auto ram, std::size_t offset) {
         copy_in(ram, physical, from.subspan(offset, ram.size()));
     });
 }
-
-std::size_t Debugger::read(GuestPhys at, std::span<std::byte> into) const {
-    for (std::size_t done = 0; done < into.size();) {
-        const std::size_t length =
-            std::min<std::size_t>(into.size() - done, page_size - (at + done).page_offset());
-        const auto ram = target_.memory.range(at + done, length);
-        if (ram.empty())
-            return done;
-        copy_out(ram, at + done, into.subspan(done, length));
-        done += length;
-    }
-    return into.size();
-}
-
-std::size_t Debugger::write(GuestPhys at, std::span<const std::byte> from) {
-    for (std::size_t done = 0; done < from.size();) {
-        const std::size_t length =
-            std::min<std::size_t>(from.size() - done, page_size - (at + done).page_offset());
-        const auto ram = target_.memory.range(at + done, length);
-        if (ram.empty())
-            return done;
-        copy_in(ram, at + done, from.subspan(done, length));
-        done += length;
-    }
-    return from.size();
-}
+template std::size_t Debugger::write(GuestVirt at, std::span<const std::byte> from);
+template std::size_t Debugger::write(GuestPhys at, std::span<const std::byte> from);
 
 // --- What the front end asks for
 

@@ -132,14 +132,14 @@ class Debugger {
     [[nodiscard]] const GuestMemory& memory() const { return target_.memory; }
     [[nodiscard]] Mmu& mmu() { return target_.mmu; }
 
-    /// By the guest's own tables as they are now, whatever their rights; changes no accessed bits. Returns
-    /// how many bytes are there: fewer if what follows is not mapped, or not RAM. What umbra has put there
-    /// for breakpoints is not seen.
-    [[nodiscard]] std::size_t read(GuestVirt at, std::span<std::byte> into) const;
-    [[nodiscard]] std::size_t read(GuestPhys at, std::span<std::byte> into) const;
+    /// Virtual addresses by the guest's own tables as they are now, whatever their rights; changes no
+    /// accessed bits. Returns how many bytes are there: fewer if what follows is not mapped, or not RAM. What
+    /// umbra has put there for breakpoints is not seen. Address: GuestVirt or GuestPhys.
+    template<class Address>
+    [[nodiscard]] std::size_t read(Address at, std::span<std::byte> into) const;
     /// The same for writes, also to read-only pages. Shadow tables follow.
-    [[nodiscard]] std::size_t write(GuestVirt at, std::span<const std::byte> from);
-    [[nodiscard]] std::size_t write(GuestPhys at, std::span<const std::byte> from);
+    template<class Address>
+    [[nodiscard]] std::size_t write(Address at, std::span<const std::byte> from);
 
     struct Breakpoint {
         BreakpointKind kind{};
@@ -264,8 +264,9 @@ class Debugger {
     void check_access(GuestVirt at, std::uint64_t size, bool read, bool write);
     void lift(GuestPhys at);
     void lift_page(GuestFrame frame);
-    template<class Piece>
-    std::size_t for_each_piece(GuestVirt at, std::size_t size, Piece piece) const;
+    [[nodiscard]] static std::optional<GuestPhys> translate(GuestPhys at) { return at; }
+    template<class Address, class Piece>
+    std::size_t for_each_piece(Address at, std::size_t size, Piece piece) const;
     void copy_out(std::span<const std::byte> ram, GuestPhys at, std::span<std::byte> into) const;
     void copy_in(std::span<std::byte> ram, GuestPhys at, std::span<const std::byte> from);
     [[nodiscard]] CodeMode mode() const;
