@@ -1,5 +1,6 @@
 // echo: repeats each line that is typed on the serial port, and ends when one says "quit". Proves that input
-// reaches a guest, by the port's interrupts (IRQ 4) and without loss. Outcome: timeout, as nobody types.
+// reaches a guest, by the port's interrupts (IRQ 4) and without loss. Outcome: none of its own, unless
+// somebody types.
 #include "guest/runtime/boot.hpp"
 #include "guest/runtime/console.hpp"
 #include "guest/runtime/cpu.hpp"

@@ -1,5 +1,5 @@
 // halt: waits for an interrupt with interrupts off. Proves that a CPU which will never wake is idle until the
-// time limit. Outcome: timeout.
+// time limit, unless `umbra run --end-stuck` ends it. Outcome: none of its own.
 #include "guest/runtime/boot.hpp"
 #include "guest/runtime/console.hpp"
 

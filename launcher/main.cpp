@@ -4,6 +4,8 @@
 #include "launcher/inspect.hpp"
 #include "launcher/probe.hpp"
 #include "launcher/run.hpp"
+#include "launcher/test/command.hpp"
+#include "launcher/test/html.hpp"
 #include "vmm/cpu_model.hpp"
 #include "vmm/error.hpp"
 #include "vmm/loader/kernel_file.hpp"
@@ -23,8 +25,10 @@ namespace {
 using umbra::DebugOptions;
 using umbra::EngineKind;
 using umbra::ExitCode;
+using umbra::ListFormat;
 using umbra::RunOptions;
 using umbra::StatsFormat;
+using umbra::TestOptions;
 using umbra::TlbBehaviour;
 
 constexpr const char* exit_codes = R"(Exit codes:
@@ -168,6 +172,9 @@ void add_guest_options(CLI::App* run, RunOptions& options) {
     run->add_option("--timeout", options.timeout, "End the run after so many seconds")
         ->check(seconds)
         ->type_name("SECONDS");
+    run->add_flag("--end-stuck", options.end_stuck,
+                  "End the run when the guest halts or jumps to itself with interrupts off, which nothing "
+                  "can end");
     run->add_option("--expect", options.expect, "End the run as passed when the console prints this")
         ->type_name("TEXT");
     run->add_option_function<std::string>(
@@ -217,6 +224,9 @@ CLI::App* add_run(CLI::App& app, RunOptions& options) {
         ->default_str("none")
         ->type_name("WHAT")
         ->group("Platform");
+    run->add_option("--result", options.result,
+                    "Write how the run ended, and its --stats, to a file, as one JSON object: for programs")
+        ->type_name("FILE");
     run->add_flag("--keyboard", options.keyboard,
                   "Type standard input on the guest's keyboard, not into its serial port")
         ->group("Platform");
@@ -246,6 +256,108 @@ CLI::App* add_debug(CLI::App& app, DebugOptions& options) {
     return debug;
 }
 
+constexpr const char* test_exit_codes = R"(Exit codes:
+  0    every case ran and passed
+  1    a case failed, or did not run because another had, or the results could not be written
+  2    bad usage, a mistake in a manifest, or no case is left to run
+  4    nothing failed, but this host could not run some cases (see --allow-skips)
+  130  interrupted (Ctrl-C))";
+
+void add_test_selection(CLI::App& test, TestOptions& options) {
+    constexpr const char* group = "Which cases";
+    test.add_option(
+            "--filter", options.filters,
+            "Cases whose name, or its part behind a '/', is like this: * stands for any characters, ? "
+            "for one; --filter=-PATTERN leaves them out; may be repeated")
+        ->type_name("PATTERN")
+        ->allow_extra_args(false)
+        ->group(group);
+    test.add_option("--tag", options.tags,
+                    "Cases with a tag like this, or with --tag=-PATTERN without; may be repeated")
+        ->type_name("PATTERN")
+        ->allow_extra_args(false)
+        ->group(group);
+    test.add_option("--shard", options.shard,
+                    "Share the cases among N machines: run part I of N, from 1. Which part a case is in "
+                    "depends on its name alone")
+        ->type_name("I/N")
+        ->group(group);
+    test.add_option("--shuffle", options.shuffle,
+                    "Run them in another order: a number that stands for one, or random")
+        ->type_name("SEED")
+        ->group(group);
+    const std::string about_list = "Tell which cases there are, and run nothing: --list or --list=json";
+    test.add_flag("--list", about_list)
+        ->check(CLI::IsMember({"true", "names", "json"}).description("")) // "true": no value
+        ->each([&options](const std::string& format) {
+            options.list = format == "json" ? ListFormat::json : ListFormat::names;
+        })
+        ->group(group);
+}
+
+void add_test_results(CLI::App& test, TestOptions& options) {
+    constexpr const char* group = "Results";
+    test.add_option("-o,--output", options.output,
+                    "Folder for a folder of each failed case, with its console, a trap trace, the memory and "
+                    "scripts that run it again; or none")
+        ->capture_default_str()
+        ->type_name("DIR")
+        ->group(group);
+    test.add_flag("--keep-passed", options.keep_passed, "A folder for cases that passed, too")->group(group);
+    test.add_flag("--trace,!--no-trace", options.trace,
+                  "Whether there are trap traces in these folders [yes]")
+        ->group(group);
+    test.add_flag("--core,!--no-core", options.core,
+                  "Whether the memory and registers of a guest that failed are kept, for gdb [yes]")
+        ->group(group);
+    test.add_option("--junit", options.junit, "Write JUnit XML at the end; - is standard output")
+        ->type_name("FILE")
+        ->group(group);
+    test.add_option("--tap", options.tap, "Write TAP 14 (Test Anything Protocol); - is standard output")
+        ->type_name("FILE")
+        ->group(group);
+    test.add_option("--json", options.json, "Write a line of JSON for each event; - is standard output")
+        ->type_name("FILE")
+        ->group(group);
+    test.add_flag("--github", options.github, "Print annotations for GitHub Actions")->group(group);
+}
+
+CLI::App* add_test(CLI::App& app, TestOptions& options) {
+    CLI::App* test = app.add_subcommand("test", "Run regression guests, and tell which did as expected");
+    test->footer(test_exit_codes);
+    test->add_option("paths", options.paths,
+                     "Manifests (umbra.toml), folders in which they are looked for, or kernels, which shall "
+                     "just pass [the current folder]")
+        ->type_name("PATH");
+    test->add_flag("--init", options.init, "Write an example of a manifest to umbra.toml, and run nothing");
+    constexpr const char* group = "How they run";
+    test->add_option("-j,--jobs", options.jobs,
+                     "Guests at a time, if memory allows [as many as there are cores]")
+        ->check(CLI::Range(1U, 10'000U).description(""))
+        ->type_name("N")
+        ->group(group);
+    test->add_option("--memory", options.memory,
+                     "Memory that all guests may have at a time, e.g. 4G [what is available]")
+        ->type_name("SIZE")
+        ->group(group);
+    CLI::Option* repeat =
+        test->add_option("--repeat", options.repeat, "Run each case so often, and tell how often it passed")
+            ->check(CLI::Range(1U, 1'000'000U).description(""))
+            ->type_name("N")
+            ->group(group);
+    test->add_flag("--until-failure", options.until_failure, "Run all cases again and again, until one fails")
+        ->excludes(repeat)
+        ->group(group);
+    test->add_flag("--fail-fast", options.fail_fast, "Start nothing more once a case has failed")
+        ->group(group);
+    test->add_flag("--allow-skips", options.allow_skips,
+                   "Cases that this host cannot run do not change the exit code")
+        ->group(group);
+    add_test_selection(*test, options);
+    add_test_results(*test, options);
+    return test;
+}
+
 void set_up_logging(const std::string& level) {
     auto logger = spdlog::stderr_color_mt("umbra");
     logger->set_pattern("%^umbra: %v%$");
@@ -270,6 +382,13 @@ int launch(int argc, char** argv) {
     const CLI::App* run = add_run(app, run_options);
     DebugOptions debug_options;
     const CLI::App* debug = add_debug(app, debug_options);
+    TestOptions test_options;
+    const CLI::App* test = add_test(app, test_options);
+    CLI::App* report =
+        app.add_subcommand("report", "Make one HTML page of what umbra test has left in a folder");
+    std::string results = TestOptions().output, page;
+    report->add_option("folder", results, "The folder")->capture_default_str()->type_name("DIR");
+    report->add_option("-o,--output", page, "The page [DIR/report.html]")->type_name("FILE");
     CLI::App* probe =
         app.add_subcommand("probe", "Tell what kind of KVM host this is, and what that means for guests");
     bool json = false;
@@ -289,13 +408,19 @@ int launch(int argc, char** argv) {
         return umbra::debug_command(std::move(debug_options));
     if (inspect->parsed())
         return umbra::inspect_command(inspected);
+    if (test->parsed())
+        return umbra::test_command(test_options);
+    if (report->parsed())
+        return umbra::report_command(results, page);
     return run->parsed() ? umbra::run_command(run_options) : umbra::probe_command(json);
 }
 
 } // namespace
 
 int main(int argc, char** argv) {
-    (void)std::signal(SIGPIPE, SIG_IGN); // a write that nobody reads fails, which is enough
+    // A write that nobody reads, or to a file that may not grow, fails, which is enough.
+    (void)std::signal(SIGPIPE, SIG_IGN);
+    (void)std::signal(SIGXFSZ, SIG_IGN);
     try {
         return launch(argc, argv);
     } catch (const umbra::StartupError& error) {

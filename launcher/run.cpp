@@ -30,6 +30,7 @@
 #include <utility>
 
 #include <fmt/format.h>
+#include <nlohmann/json.hpp>
 #include <spdlog/spdlog.h>
 
 namespace umbra {
@@ -111,6 +112,7 @@ MonitorOptions monitor_options(const RunOptions& options, GuestChecks& checks) {
     MonitorOptions monitor;
     if (options.sync != "auto")
         monitor.sync = options.sync == "protect" ? Sync::protect : Sync::compare;
+    monitor.end_stuck = options.end_stuck;
     if (checks.watch_tables())
         monitor.checks = &checks;
     return monitor;
@@ -144,15 +146,19 @@ std::vector<FwCfgFile> fw_cfg_files(const RunOptions& options) {
     return files;
 }
 
+File open_output(const std::string& path, const char* what) {
+    File file(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
+    if (file.get() < 0)
+        throw StartupError(ExitCode::bad_usage,
+                           fmt::format("cannot write {} to '{}': {}", what, path, std::strerror(errno)));
+    return file;
+}
+
 /// Where the serial console goes: a file of our own, or standard output.
 File open_serial(const std::string& serial) {
     if (serial == "stdio" || serial == "none")
         return {};
-    File file(::open(serial.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
-    if (file.get() < 0)
-        throw StartupError(ExitCode::bad_usage, fmt::format("cannot write the serial console to '{}': {}",
-                                                            serial, std::strerror(errno)));
-    return file;
+    return open_output(serial, "the serial console");
 }
 
 /// An address as users write it.
@@ -287,7 +293,8 @@ class GuestFiles {
 /// A guest that KVM shut down at ring 0 leaves no state: the vCPU has been reset.
 bool wants_report(const Verdict& verdict, EngineKind engine) {
     return (verdict.kind == Verdict::Kind::triple_fault && engine == EngineKind::shadow) ||
-           verdict.kind == Verdict::Kind::stopped || verdict.kind == Verdict::Kind::host_failed;
+           verdict.kind == Verdict::Kind::no_progress || verdict.kind == Verdict::Kind::stopped ||
+           verdict.kind == Verdict::Kind::host_failed;
 }
 
 std::string make_report(Engine& engine, const Machine& machine, const Symbols& symbols,
@@ -308,12 +315,59 @@ std::string make_report(Engine& engine, const Machine& machine, const Symbols& s
     return report(input);
 }
 
+/// The guest itself ended the run, by a value at port 0xf4.
+bool is_debug_exit(const Verdict& verdict) {
+    return verdict.reason.empty() &&
+           (verdict.kind == Verdict::Kind::failed || verdict.kind == Verdict::Kind::passed);
+}
+
 int process_exit_code(const RunOptions& options, const Verdict& verdict) {
-    const bool debug_exit = verdict.reason.empty() &&
-                            (verdict.kind == Verdict::Kind::failed || verdict.kind == Verdict::Kind::passed);
-    if (options.qemu_exit && debug_exit)
+    if (options.qemu_exit && is_debug_exit(verdict))
         return static_cast<int>((verdict.code << 1 | 1) & 0xff);
     return static_cast<int>(exit_code(verdict));
+}
+
+/// How RunOptions::result calls it.
+const char* result_word(Verdict::Kind kind) {
+    switch (kind) {
+    case Verdict::Kind::passed:
+        return "passed";
+    case Verdict::Kind::failed:
+        return "failed";
+    case Verdict::Kind::reset:
+        return "reset";
+    case Verdict::Kind::triple_fault:
+        return "triple-fault";
+    case Verdict::Kind::stopped:
+        return "stopped";
+    case Verdict::Kind::timed_out:
+        return "timed-out";
+    case Verdict::Kind::no_progress:
+        return "no-progress";
+    case Verdict::Kind::interrupted:
+    case Verdict::Kind::restart:
+        return "interrupted";
+    case Verdict::Kind::host_failed:
+        return "host-failed";
+    }
+    __builtin_unreachable();
+}
+
+using Json = nlohmann::ordered_json;
+
+void write_result(const RunOptions& options, const File& file, const Json& result) {
+    if (options.result.empty())
+        return;
+    const std::string text = result.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
+    for (std::string_view rest = text; !rest.empty();) {
+        const ssize_t written = ::write(file.get(), rest.data(), rest.size());
+        if (written >= 0) {
+            rest.remove_prefix(static_cast<std::size_t>(written));
+        } else if (errno != EINTR) {
+            spdlog::warn("the result was not written to '{}': {}", options.result, std::strerror(errno));
+            return;
+        }
+    }
 }
 
 /// What every run of the guest begins with, and what outlives a reset by the debugger.
@@ -385,8 +439,14 @@ void require_linux_host(const RunOptions& options, const HostTraits& traits) {
     spdlog::warn("{}", why);
 }
 
+/// How a run ended.
+struct Ending {
+    Verdict verdict;
+    Stats stats;
+};
+
 /// From the machine's making to its end.
-Verdict run_once(Session& session, int& exit_code) {
+Ending run_once(Session& session) {
     const RunOptions& options = session.options;
     const bool shadow = options.engine == EngineKind::shadow;
     GuestOutput& output = session.output;
@@ -418,7 +478,7 @@ Verdict run_once(Session& session, int& exit_code) {
         monitor.frontend = &*session.debugger;
     const std::unique_ptr<Engine> engine =
         shadow ? std::unique_ptr<Engine>(std::make_unique<Monitor>(machine, traits, boot, monitor))
-               : std::make_unique<NativeEngine>(machine, boot);
+               : std::make_unique<NativeEngine>(machine, boot, options.end_stuck);
     if (session.debugger)
         session.debugger->serve_engine(*engine, machine);
     if (!options.trace.empty())
@@ -446,10 +506,13 @@ Verdict run_once(Session& session, int& exit_code) {
         return engine->run(session.control);
     }());
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    if (verdict.kind == Verdict::Kind::no_progress)
+        if (const std::string place = session.symbols.name(GuestVirt(engine->cpu().rip)); !place.empty())
+            verdict.reason += fmt::format(" ({})", place);
     machine.platform().flush();
     if (verdict.kind == Verdict::Kind::restart) {
         spdlog::info("the guest starts anew: {}", verdict.reason);
-        return verdict;
+        return {std::move(verdict), {}};
     }
 
     spdlog::log(verdict.kind == Verdict::Kind::passed ? spdlog::level::info : spdlog::level::err, "{}",
@@ -463,21 +526,19 @@ Verdict run_once(Session& session, int& exit_code) {
             spdlog::warn("the screen was not written to '{}': {}", options.screen, *problem);
     if (!options.core_on_failure.empty() && verdict.kind != Verdict::Kind::passed)
         save_core(options, *engine, machine);
-    if (options.stats != StatsFormat::none) {
-        const Stats stats = gather_stats(engine->log(), engine->mmu(), machine.platform().unclaimed(),
-                                         seconds.count(), ticks_per_microsecond());
+    Stats stats;
+    if (options.stats != StatsFormat::none || !options.result.empty())
+        stats = gather_stats(engine->log(), engine->mmu(), machine.platform().unclaimed(), seconds.count(),
+                             ticks_per_microsecond());
+    if (options.stats != StatsFormat::none)
         std::fputs((options.stats == StatsFormat::json ? stats_json(stats) : stats_text(stats)).c_str(),
                    stderr);
-    }
     if (!engine->log().finish_trace())
         spdlog::warn("the trace '{}' is incomplete: it could not be written", options.trace);
-    exit_code = process_exit_code(options, verdict);
-    return verdict;
+    return {std::move(verdict), std::move(stats)};
 }
 
-} // namespace
-
-int run_command(const RunOptions& options) {
+Ending run_guest(const RunOptions& options) {
     const std::string serial = serial_place(options);
     const File serial_file = open_serial(serial);
     const int serial_fd = serial == "stdio" ? STDOUT_FILENO : serial_file.get();
@@ -489,10 +550,37 @@ int run_command(const RunOptions& options) {
     }
     Session session(options, serial_fd);
     serve_debugger(session);
-    int exit_code = 0;
-    while (run_once(session, exit_code).kind == Verdict::Kind::restart) {
+    while (true) {
+        Ending ending = run_once(session);
+        if (ending.verdict.kind != Verdict::Kind::restart)
+            return ending;
     }
-    return exit_code;
+}
+
+} // namespace
+
+int run_command(const RunOptions& options) {
+    const File file = options.result.empty() ? File() : open_output(options.result, "the result");
+    try {
+        const auto [verdict, stats] = run_guest(options);
+        const int exit_code = process_exit_code(options, verdict);
+        if (!options.result.empty())
+            write_result(options, file,
+                         {{"verdict", result_word(verdict.kind)},
+                          {"code", is_debug_exit(verdict) ? Json(verdict.code) : Json()},
+                          {"reason", describe(verdict)},
+                          {"exit_code", exit_code},
+                          {"stats", Json::parse(stats_json(stats))}});
+        return exit_code;
+    } catch (const StartupError& error) {
+        write_result(options, file,
+                     {{"verdict", error.code() == ExitCode::bad_usage ? "bad-usage" : "host-cannot"},
+                      {"code", nullptr},
+                      {"reason", error.what()},
+                      {"exit_code", static_cast<int>(error.code())},
+                      {"stats", nullptr}});
+        throw;
+    }
 }
 
 } // namespace umbra

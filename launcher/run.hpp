@@ -42,9 +42,11 @@ struct RunOptions {
     std::vector<std::string> page_table_code; ///< FUNCTION or START-END, hexadecimal
     EngineKind engine = EngineKind::shadow;
     StatsFormat stats = StatsFormat::none;
-    std::string gdb;    ///< where to serve a debugger: GdbAddress::parse; empty: nowhere
-    bool pause = false; ///< wait for the debugger before the first instruction
+    bool end_stuck = false; ///< MonitorOptions::end_stuck, NativeEngine's
+    std::string gdb;        ///< where to serve a debugger: GdbAddress::parse; empty: nowhere
+    bool pause = false;     ///< wait for the debugger before the first instruction
     bool qemu_exit = false;
+    std::string result; ///< file for how the run ended, as one JSON object (see run_command); empty: none
     std::string core_on_failure; ///< where a core of a guest that did not pass goes; empty: nowhere
     /// A debugger can connect to this address; `end` ends the run. `umbra debug` starts gdb then, and the run
     /// ends when its client goes.
@@ -52,6 +54,15 @@ struct RunOptions {
 };
 
 /// Runs the guest and returns the process's exit code. StartupError if it cannot be started.
+///
+/// RunOptions::result gets, also then, at the run's end:
+///   verdict    passed, failed, triple-fault, reset, stopped, timed-out, no-progress, interrupted,
+///   host-failed (KVM or umbra
+///              could not go on), host-cannot or bad-usage (it was not started)
+///   code       what the guest wrote to port 0xf4; null if that is not what ended it
+///   reason     the line that umbra says on standard error
+///   exit_code  of the process
+///   stats      stats_json()'s object; null if it was not started
 [[nodiscard]] int run_command(const RunOptions& options);
 
 } // namespace umbra

@@ -61,6 +61,11 @@ class Machine {
     /// Input for the guest's serial port or keyboard; what its queue cannot take yet waits.
     void input(std::string_view text);
 
+    /// Whether something could interrupt a guest that has interrupts off.
+    [[nodiscard]] bool has_unmaskable_interrupts() const {
+        return vm_.has_unmaskable_input() || vcpu_.line_is_unmaskable();
+    }
+
     /// The verdict of a guest that has ended its own run; nothing while it goes on.
     [[nodiscard]] std::optional<Verdict> guest_verdict() const;
 

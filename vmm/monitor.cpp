@@ -32,6 +32,7 @@ bool is_panic(const Verdict& verdict) {
     case Verdict::Kind::reset:
     case Verdict::Kind::triple_fault:
     case Verdict::Kind::stopped:
+    case Verdict::Kind::no_progress:
     case Verdict::Kind::host_failed:
         return true;
     case Verdict::Kind::passed:
@@ -166,7 +167,9 @@ Monitor::Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& b
       region_(machine.monitor_memory(), 1), switcher_(region_, machine.vcpu(), traits, 0),
       tables_(machine.memory(), pool_, mmu_config(machine, traits, options), region_.root_entry()),
       mmu_(tables_), cpuid_(machine.cpuid()), machine_cr4_allowed_(machine.kvm().cr4_offered()),
-      placed_slot_(first_slot), checks_(options.checks) {
+      placed_slot_(first_slot), checks_(options.checks), end_dead_halt_(options.end_stuck) {
+    if (options.end_stuck && options.frontend == nullptr)
+        stuck_watch_.emplace();
     if (checks_ != nullptr)
         checks_->attach(mmu_, [this] { return origin(); });
     if (options.frontend != nullptr)
@@ -181,6 +184,7 @@ Monitor::Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& b
 Verdict Monitor::run(RunControl& control) {
     Vcpu& vcpu = machine_.vcpu();
     control.attach(vcpu);
+    control.look_regularly(stuck_watch_.has_value());
     Step verdict;
     if (debugger_ && debugger_->frontend().wants_pause())
         verdict = stand_still(control);
@@ -295,6 +299,11 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     end_trap();
     if (!verdict)
         verdict = finish_exit(reason, control);
+    if (!verdict && stuck_watch_ && reason == ExitReason::interrupted && !in_ring0) {
+        verdict = stuck_watch_->look(cpu_, space(), log_.added());
+        if (verdict && (vcpu.injects() || machine_.has_unmaskable_interrupts()))
+            verdict.reset();
+    }
     if (debugger_calls_) // to be attended at the next exit, which is at once
         vcpu.request_exit();
     return verdict;
@@ -626,6 +635,9 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
             },
             [&](const emulated::Halted&) -> Step {
                 machine_.platform().flush();
+                if (end_dead_halt_ && (cpu_.rflags & rflags::interrupt) == 0 &&
+                    !machine_.has_unmaskable_interrupts())
+                    return stop(Verdict::Kind::no_progress, "the guest halted with interrupts off");
                 trap_.action = TrapAction::halt;
                 if (debugger_)
                     debugger_->halted();

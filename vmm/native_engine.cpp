@@ -6,6 +6,7 @@ Verdict NativeEngine::run(RunControl& control) {
     Vcpu& vcpu = machine_.vcpu();
     vcpu.store(cpu_);
     control.attach(vcpu);
+    control.look_regularly(stuck_watch_.has_value());
     std::optional<Verdict> verdict;
     while (!verdict)
         verdict = handle(vcpu.run(), control);
@@ -47,7 +48,21 @@ std::optional<Verdict> NativeEngine::handle(ExitReason reason, RunControl& contr
         break;
     }
     end_trap();
-    return verdict ? verdict : finish_exit(reason, control);
+    if (!verdict)
+        verdict = finish_exit(reason, control);
+    if (!verdict && stuck_watch_ && reason == ExitReason::interrupted)
+        verdict = look_for_progress();
+    return verdict;
+}
+
+std::optional<Verdict> NativeEngine::look_for_progress() {
+    const Vcpu& vcpu = machine_.vcpu();
+    vcpu.load(cpu_);
+    cpu_.halted = vcpu.halted();
+    auto verdict = stuck_watch_->look(cpu_, {machine_.memory(), paging()}, log_.added());
+    if (verdict && (vcpu.injects() || machine_.has_unmaskable_interrupts()))
+        verdict.reset();
+    return verdict;
 }
 
 } // namespace umbra

@@ -3,16 +3,26 @@
 #pragma once
 
 #include "vmm/engine.hpp"
+#include "vmm/stuck_watch.hpp"
+
+#include <optional>
 
 namespace umbra {
 
 class NativeEngine final : public Engine {
   public:
-    using Engine::Engine;
+    /// `end_stuck`: as MonitorOptions::end_stuck.
+    NativeEngine(Machine& machine, const VirtualCpu& boot, bool end_stuck = false) : Engine(machine, boot) {
+        if (end_stuck)
+            stuck_watch_.emplace();
+    }
     [[nodiscard]] Verdict run(RunControl& control) override;
 
   private:
     std::optional<Verdict> handle(ExitReason reason, RunControl& control);
+    [[nodiscard]] std::optional<Verdict> look_for_progress();
+
+    std::optional<StuckWatch> stuck_watch_; ///< if it is to be
 };
 
 } // namespace umbra

@@ -34,6 +34,7 @@ void RunControl::attach(Vcpu& vcpu) {
 
 void RunControl::detach() {
     insist(false);
+    look_regularly(false);
     const std::lock_guard lock(mutex_);
     vcpu_ = nullptr;
 }
@@ -44,24 +45,34 @@ void RunControl::wait() {
 }
 
 void RunControl::insist(bool on) {
-    if (on == insisting_.has_value())
+    constexpr timespec millisecond{0, 1'000'000};
+    repeat(insisting_, on, millisecond);
+}
+
+void RunControl::look_regularly(bool on) {
+    constexpr timespec quarter_second{0, 250'000'000};
+    repeat(looking_, on, quarter_second);
+}
+
+/// A timer that kicks the calling thread again and again, while it is on.
+void RunControl::repeat(std::optional<timer_t>& timer, bool on, timespec interval) {
+    if (on == timer.has_value())
         return;
     if (!on) {
-        timer_delete(*insisting_);
-        insisting_.reset();
+        timer_delete(*timer);
+        timer.reset();
         return;
     }
     sigevent event{};
     event.sigev_notify = SIGEV_THREAD_ID;
     event.sigev_signo = kick_signal;
     event._sigev_un._tid = ::gettid();
-    timer_t timer{};
-    if (timer_create(CLOCK_MONOTONIC, &event, &timer) != 0)
+    timer_t made{};
+    if (timer_create(CLOCK_MONOTONIC, &event, &made) != 0)
         return; // the guest's next trap will do
-    insisting_ = timer;
-    constexpr timespec millisecond{0, 1'000'000};
-    const itimerspec when{millisecond, millisecond};
-    (void)timer_settime(timer, 0, &when, nullptr);
+    timer = made;
+    const itimerspec when{interval, interval};
+    (void)timer_settime(made, 0, &when, nullptr);
 }
 
 void RunControl::request(std::atomic<bool>& flag) {

@@ -42,6 +42,9 @@ class RunControl {
     /// While on, the vCPU leaves KVM_RUN every millisecond: for a request that cannot be served where the
     /// last exit was.
     void insist(bool on);
+    /// While on, the vCPU leaves KVM_RUN a few times a second, so that a guest that makes no exits is looked
+    /// at.
+    void look_regularly(bool on);
     /// Says, after every exit, whether there is output that flush_output() would have to do with.
     void output_waits(bool waits) { output_waits_.store(waits, std::memory_order_relaxed); }
 
@@ -60,6 +63,7 @@ class RunControl {
   private:
     void request(std::atomic<bool>& flag);
     void kick();
+    static void repeat(std::optional<timer_t>& timer, bool on, timespec interval);
 
     std::atomic<bool> pending_ = false, timed_out_ = false, interrupted_ = false, met_ = false,
                       debugger_ = false, output_waits_ = false;
@@ -68,7 +72,7 @@ class RunControl {
     std::string input_;
     Vcpu* vcpu_ = nullptr;
     pthread_t thread_{};
-    std::optional<timer_t> insisting_;
+    std::optional<timer_t> insisting_, looking_;
 };
 
 } // namespace umbra

@@ -13,6 +13,7 @@ ExitCode exit_code(const Verdict& verdict) {
     case Verdict::Kind::reset:
     case Verdict::Kind::triple_fault:
     case Verdict::Kind::stopped:
+    case Verdict::Kind::no_progress:
         return ExitCode::guest_panicked;
     case Verdict::Kind::timed_out:
         return ExitCode::timed_out;
@@ -43,6 +44,8 @@ std::string describe(const Verdict& verdict) {
         return with_reason("triple fault");
     case Verdict::Kind::stopped:
         return with_reason("stopped");
+    case Verdict::Kind::no_progress:
+        return with_reason("no progress");
     case Verdict::Kind::timed_out:
         return with_reason("timed out");
     case Verdict::Kind::interrupted:

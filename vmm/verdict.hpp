@@ -16,6 +16,7 @@ struct Verdict {
         triple_fault, ///< a fault in the delivery of a double fault
         stopped,      ///< the guest needs something that umbra does not do
         timed_out,
+        no_progress, ///< it would never do anything again (MonitorOptions::end_stuck)
         interrupted, ///< by the user
         host_failed, ///< KVM or umbra could not go on
         restart,     ///< by the debugger's client: the run begins anew, and has no verdict yet

@@ -6,7 +6,10 @@
 #include "shadow/shadow_tables.hpp"
 #include "tests/bench/result.hpp"
 
+#include <algorithm>
+#include <cstdint>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace umbra::bench {
@@ -16,6 +19,34 @@ namespace {
 // resident memory begins with its parent's. One iteration takes as many samples as its median needs.
 BENCHMARK(startup_time)->Name("umbra run hello: time")->Iterations(1);
 BENCHMARK(startup_resident)->Name("umbra run hello: resident")->Iterations(1);
+BENCHMARK_CAPTURE(runner_overhead, plain, false)->Name("umbra test: over umbra run, a case")->Iterations(1);
+BENCHMARK_CAPTURE(runner_overhead, traces, true)
+    ->Name("umbra test: over umbra run, a case, traced")
+    ->Iterations(1);
+const auto processors = static_cast<std::int64_t>(std::max(1U, std::thread::hardware_concurrency()));
+BENCHMARK_CAPTURE(guest_starts, pc, "pc", "tcg")
+    ->Name("umbra test: starts, against QEMU")
+    ->ArgName("at once")
+    ->Arg(1)
+    ->Arg(processors)
+    ->Iterations(1);
+BENCHMARK_CAPTURE(guest_starts, microvm, "microvm", "tcg")
+    ->Name("umbra test: starts, against QEMU microvm")
+    ->ArgName("at once")
+    ->Arg(1)
+    ->Arg(processors)
+    ->Iterations(1);
+BENCHMARK_CAPTURE(guest_starts, kvm, "microvm", "kvm")
+    ->Name("umbra test: starts, against QEMU microvm on KVM")
+    ->ArgName("at once")
+    ->Arg(1)
+    ->Arg(processors)
+    ->Iterations(1);
+BENCHMARK(guests_at_once)
+    ->Name("umbra test: memory of waiting guests")
+    ->ArgName("at once")
+    ->Arg(50)
+    ->Iterations(1);
 BENCHMARK(emulated_instruction)->Name("trap: emulated instruction")->Iterations(1);
 BENCHMARK(hidden_fault)->Name("trap: hidden fault")->Iterations(1);
 BENCHMARK(hidden_fault_in_umbra)->Name("hidden fault: in umbra")->Iterations(1);

@@ -51,6 +51,11 @@ class TableReporter final : public benchmark::BenchmarkReporter {
 // The benchmarks.
 void startup_time(benchmark::State& state);
 void startup_resident(benchmark::State& state);
+/// `traces`: with what the runner keeps of each guest unless told otherwise.
+void runner_overhead(benchmark::State& state, bool traces);
+/// Against starts of QEMU, of this machine on this accelerator.
+void guest_starts(benchmark::State& state, const char* machine, const char* accelerator);
+void guests_at_once(benchmark::State& state);
 void emulated_instruction(benchmark::State& state);
 void hidden_fault(benchmark::State& state);
 void hidden_fault_in_umbra(benchmark::State& state);

@@ -1,11 +1,14 @@
-// Each shipped guest on each engine: it must end as guest/outcomes.json says.
+// The shipped guests, by umbra's own runner: all cases of guest/umbra.toml and of the manifests of
+// tests/guests, on each engine, must end as they say.
 #include "tests/integration/child.hpp"
 #include "tests/integration/files.hpp"
 #include "tests/integration/host.hpp"
 
 #include <chrono>
+#include <filesystem>
 #include <iostream>
-#include <memory>
+#include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -15,147 +18,156 @@
 namespace umbra {
 namespace {
 
-struct GuestRun {
-    std::string name, outcome, memory, cpu, console, engine;
-    std::vector<std::string> arguments{}, modules{}; ///< for umbra; modules by names in guest/
-};
+using Json = nlohmann::json;
 
-std::ostream& operator<<(std::ostream& stream, const GuestRun& run) {
-    return stream << run.name << " on " << run.engine << ": " << run.outcome;
-}
+constexpr std::chrono::minutes limit{40}; // of an emulated host
 
-std::vector<GuestRun> all_runs() {
-    const auto outcomes =
-        nlohmann::json::parse(contents_of(build_folder() / "guest/outcomes.json"), nullptr, false);
-    std::vector<GuestRun> runs;
-    if (!outcomes.is_array())
-        return runs;
-    for (const auto& guest : outcomes)
-        for (const char* const engine : {"shadow", "native"})
-            runs.push_back({guest.at("name"), guest.at("outcome"), guest.at("memory"), guest.at("cpu"),
-                            guest.at("console"), engine, guest.at("arguments"), guest.at("modules")});
-    return runs;
-}
-
-TEST(GuestsTest, OutcomesAreDeclared) {
-    EXPECT_GE(all_runs().size(), 60U) << "guest/outcomes.json is missing, damaged or short";
-}
-
-/// Why this guest cannot pass natively on a KVM that is itself in QEMU's emulation; empty if it can. (On
-/// shadow tables it can.)
-std::string emulation_defect(const std::string& guest) {
-    if (!shadows_tables() && (guest == "hostile" || guest == "cr3"))
-        return "QEMU's nested page faults do not tell KVM that a guest's page table is not in RAM";
-    if (shadows_tables() && guest == "exceptions")
-        return "QEMU makes no double fault of an exception that KVM injects";
-    return {};
-}
-
-/// Why this guest cannot pass natively on this KVM, whatever CPU it has; empty if it can.
-std::string kvm_defect(const std::string& guest) {
-    if (shadows_tables() && guest == "smap")
-        return "KVM's shadow paging takes what a CPU with AC set reads by itself for an access of the "
-               "program's, "
-               "and never resolves its fault";
-    return {};
-}
-
-class GuestTest : public KvmTest, public testing::WithParamInterface<GuestRun> {
-  protected:
-    void SetUp() override {
-        KvmTest::SetUp();
-        if (!IsSkipped() && !HasFatalFailure())
-            require_engine(GetParam().engine);
-        if (IsSkipped() || GetParam().engine != "native")
-            return;
-        if (const std::string why = kvm_defect(GetParam().name); !why.empty())
-            GTEST_SKIP() << why;
-        if (emulated_host())
-            if (const std::string why = emulation_defect(GetParam().name); !why.empty())
-                GTEST_SKIP() << why;
-    }
-};
-
-std::vector<std::string> arguments_for(const GuestRun& run) {
-    std::vector<std::string> arguments{"run", "--engine", run.engine, "-m", run.memory};
-    if (!run.cpu.empty())
-        arguments.insert(arguments.end(), {"--cpu", run.cpu});
-    if (run.outcome == "timeout")
-        arguments.insert(arguments.end(), {"--timeout", "1.5"});
-    arguments.insert(arguments.end(), run.arguments.begin(), run.arguments.end());
-    for (const std::string& module : run.modules)
-        arguments.insert(arguments.end(), {"--module", guest_file(module)});
-    arguments.push_back(guest_file(run.name));
-    // Where KVM walks the guest's tables, and not QEMU, walks are exact on both engines.
-    const bool walks = run.name == "reserved" || run.name == "random" || run.name == "pae";
-    auto words = words_for_guest(walks && shadows_tables() ? "shadow" : run.engine);
-    if (interprets_ring0()) { // whose programs, and so umbra's guests, read an IF that is always set
-        if (words.empty())
-            words.emplace_back("--");
-        words.emplace_back("inexact-flags");
-    }
-    arguments.insert(arguments.end(), words.begin(), words.end());
+/// The arguments that leave out what cannot pass, or is of no use, on this machine: guest/umbra.toml says
+/// why.
+std::vector<std::string> left_out() {
+    std::vector<std::string> arguments;
+    const auto leave_out = [&](bool here, const std::string& tag) {
+        if (here)
+            arguments.push_back("--tag=-" + tag);
+    };
+    const bool shadowed = shadows_tables(); // by KVM: then it walks the guest's tables, and not QEMU
+    leave_out(!interprets_ring0(), "inexact-flags");
+    leave_out(emulated_host(), "exact");
+    leave_out(emulated_host() && !shadowed, "exact-walks");
+    leave_out(!emulated_host(), "emulated");
+    leave_out(!emulated_host() || shadowed, "emulated-walks");
+    leave_out(emulated_host() && !shadowed, "qemu-nested-fault");
+    leave_out(emulated_host() && shadowed, "qemu-double-fault");
+    leave_out(shadowed, "kvm-shadow-paging");
     return arguments;
 }
 
-void expect_outcome(const Ended& ended, const GuestRun& run) {
-    const std::string failed = "failed:";
-    if (run.outcome == "passed") {
-        EXPECT_EQ(ended.exit_code, 0) << ended;
-        EXPECT_EQ(ended.verdict(), "passed") << ended;
-    } else if (run.outcome == "triple-fault") {
-        EXPECT_EQ(ended.exit_code, 3) << ended;
-        EXPECT_NE(ended.err.find("umbra: triple fault"), std::string::npos) << ended;
-    } else if (run.outcome == "timeout") {
-        EXPECT_EQ(ended.exit_code, 124) << ended;
-        EXPECT_EQ(ended.verdict(), "timed out") << ended;
-    } else if (run.outcome.starts_with(failed)) {
-        EXPECT_EQ(ended.exit_code, 1) << ended;
-        EXPECT_TRUE(
-            ended.verdict().starts_with("failed with code " + run.outcome.substr(failed.size()) + " "))
-            << ended;
-    } else {
-        FAIL() << "no test knows the outcome " << run.outcome;
+/// `umbra test OPTIONS` of all manifests.
+Ended test_guests(std::vector<std::string> options) {
+    options.insert(options.begin(), "test");
+    options.push_back(build_folder() / "guest");
+    for (const char* const manifest : {"sanitize", "shadow"})
+        options.push_back(guest_file(manifest) + ".toml");
+    return run_umbra(options, limit);
+}
+
+/// What `umbra test` did, by its own account.
+struct TestRun {
+    Ended ended;
+    std::size_t planned = 0;
+    std::vector<std::string> started;
+    std::vector<Json> results;
+    Json summary = Json::object();
+};
+
+TestRun run_guests(const std::vector<std::string>& options) {
+    const TemporaryFolder folder;
+    std::vector<std::string> arguments = left_out();
+    arguments.insert(arguments.end(), {"--output", folder.file("results"), "--json", folder.file("events"),
+                                       "--no-trace", "--no-core", "--allow-skips"});
+    arguments.insert(arguments.end(), options.begin(), options.end());
+    TestRun run;
+    run.ended = test_guests(arguments);
+    for (const std::string& line : lines_of(contents_of(folder.file("events")))) {
+        Json event = Json::parse(line, nullptr, false);
+        const std::string kind = event.is_object() ? event.value("event", "") : "";
+        if (kind == "plan")
+            run.planned = event.at("runs");
+        else if (kind == "start")
+            run.started.push_back(event.at("name"));
+        else if (kind == "end")
+            run.results.push_back(std::move(event));
+        else if (kind == "summary")
+            run.summary = std::move(event);
+        else
+            ADD_FAILURE() << "an event that is none: " << line;
+    }
+    const std::vector<std::string> lines = lines_of(run.ended.out);
+    std::cout << (lines.empty() ? "nothing" : lines.back()) << "\n";
+    return run;
+}
+
+/// All passed but what this host's KVM cannot run, and nothing was lost on the way.
+void expect_passed(const TestRun& run) {
+    EXPECT_EQ(run.ended.exit_code, 0) << run.ended;
+    EXPECT_EQ(run.planned, run.results.size()) << run.ended;
+    EXPECT_EQ(run.summary.value("failed", 1), 0) << run.ended;
+    EXPECT_EQ(run.summary.value("not_run", 1), 0) << run.ended;
+    for (const Json& result : run.results) {
+        const std::string verdict = result.at("verdict");
+        const bool lacking = verdict == "skipped" && interprets_ring0() && !result.at("problems").empty() &&
+                             result.at("problems")[0].get<std::string>().starts_with("this host's KVM lacks");
+        EXPECT_TRUE(verdict == "passed" || lacking) << result;
     }
 }
 
-TEST_P(GuestTest, EndsAsDeclared) {
-    const GuestRun& run = GetParam();
-    constexpr std::chrono::seconds limit{300};
-    const Ended ended = run_umbra(arguments_for(run), limit);
-    expect_outcome(ended, run);
-    EXPECT_NE(ended.out.find(run.console), std::string::npos) << ended;
+/// `umbra test --list=json`
+Json listed(const std::vector<std::string>& options) {
+    std::vector<std::string> arguments{"--list=json"};
+    arguments.insert(arguments.end(), options.begin(), options.end());
+    const Ended ended = test_guests(arguments);
+    EXPECT_EQ(ended.exit_code, 0) << ended;
+    Json list = Json::parse(ended.out, nullptr, false);
+    EXPECT_TRUE(list.is_array()) << ended;
+    return list.is_array() ? list : Json::array();
 }
 
-INSTANTIATE_TEST_SUITE_P(Shipped, GuestTest, testing::ValuesIn(all_runs()),
-                         [](const testing::TestParamInfo<GuestRun>& run) {
-                             return run.param.name + "_" + run.param.engine;
-                         });
+using GuestsTest = KvmTest;
 
-class ManyGuestsTest : public EngineTest {};
-
-TEST_P(ManyGuestsTest, RunAtTheSameTime) {
-    const std::vector<std::string> guests{"hello", "spaces", "fail", "hello", "timer", "user"};
-    std::vector<std::unique_ptr<Child>> children;
-    children.reserve(guests.size());
-    for (const std::string& guest : guests)
-        children.push_back(std::make_unique<Child>(
-            umbra_command(arguments_for({guest, "passed", "64M", "", "", GetParam()}))));
-    for (std::size_t i = 0; i < children.size(); ++i) {
-        const Ended& ended = children[i]->end();
-        EXPECT_EQ(ended.exit_code, guests[i] == "fail" ? 1 : 0) << guests[i] << ": " << ended;
+TEST_F(GuestsTest, EndAsTheirManifestsSay) {
+    const TestRun run = run_guests({});
+    expect_passed(run);
+    std::multiset<std::string> expected, ended;
+    for (const Json& test : listed(left_out()))
+        expected.insert(test.at("name"));
+    std::size_t ran = 0;
+    for (const Json& result : run.results) {
+        ended.insert(result.at("name"));
+        ran += result.at("outcome").is_null() ? 0 : 1;
     }
+    EXPECT_EQ(ended, expected) << run.ended;
+    EXPECT_GE(ran, 60U) << run.ended;
 }
 
-TEST_P(ManyGuestsTest, EndTheSameWayEveryTime) {
-    for (int i = 0; i < 20; ++i) {
-        const Ended ended = run_umbra({"run", "--engine", GetParam(), guest_file("hello")});
-        ASSERT_EQ(ended.exit_code, 0) << "run " << i << ": " << ended;
-        ASSERT_EQ(lines_of(ended.out).size(), 3U) << "run " << i << ": " << ended;
+TEST(GuestManifestTest, EachGuestHasACaseOnEachEngine) {
+    namespace fs = std::filesystem;
+    std::map<std::string, std::set<std::string>> engines; // by kernels
+    for (const Json& test : listed({}))
+        for (const Json& tag : test.at("tags"))
+            if (tag == "shadow" || tag == "native")
+                engines[fs::path(test.at("kernel").get<std::string>()).filename()].insert(tag);
+    std::size_t guests = 0;
+    for (const fs::directory_entry& file : fs::directory_iterator(build_folder() / "guest")) {
+        const bool executable = (file.status().permissions() & fs::perms::owner_exec) != fs::perms::none;
+        if (!file.is_regular_file() || !executable)
+            continue;
+        EXPECT_EQ(engines[file.path().filename()], (std::set<std::string>{"native", "shadow"}))
+            << file.path();
+        ++guests;
     }
+    EXPECT_GE(guests, 35U);
+    for (const auto& [kernel, tags] : engines)
+        EXPECT_TRUE(fs::is_regular_file(guest_file(kernel))) << kernel;
 }
 
-INSTANTIATE_TEST_SUITE_P(Engines, ManyGuestsTest, engines(), engine_name);
+TEST_F(GuestsTest, RunAtTheSameTime) {
+    const TestRun run = run_guests({"--jobs=12", "--repeat=2", "--filter=hello*", "--filter=spaces*",
+                                    "--filter=fail*", "--filter=timer*", "--filter=user*"});
+    expect_passed(run);
+    EXPECT_GE(run.started.size(), 10U) << run.ended;
+}
+
+TEST_F(GuestsTest, EndTheSameWayEveryTime) {
+    const TestRun run = run_guests({"--repeat=20", "--filter=hello", "--filter=hello-native"});
+    expect_passed(run);
+    EXPECT_EQ(run.results.size(), 40U);
+    EXPECT_EQ(run.started.size(), interprets_ring0() ? 20U : 40U);
+    std::set<std::size_t> lengths; // of what it prints
+    for (const Json& result : run.results)
+        if (result.at("verdict") == "passed")
+            lengths.insert(result.at("console_bytes").get<std::size_t>());
+    EXPECT_EQ(lengths.size(), 1U) << run.ended;
+}
 
 using HelloTest = KvmTest;
 

@@ -1,5 +1,5 @@
-// The TLB sanitizer on real guests: every planted mistake of guest/tlb.cpp is found and named, and what makes
-// none is not reported.
+// The TLB sanitizer on real guests: every planted mistake of guest/tlb.cpp is found and named. Guests that
+// make none are in tests/guests/sanitize.toml.
 #include "tests/integration/child.hpp"
 #include "tests/integration/host.hpp"
 
@@ -150,19 +150,6 @@ TEST_F(SanitizeTest, AGuestThatFailsKeepsItsVerdict) {
     EXPECT_EQ(ended.exit_code, 1) << ended;
     EXPECT_TRUE(ended.verdict().starts_with("failed with code 7 ")) << ended;
 }
-
-/// Not among them: paging, which leaves a global page in the TLB on purpose, to see that a CPU may use it.
-class CorrectGuestTest : public KvmTest, public testing::WithParamInterface<const char*> {};
-
-TEST_P(CorrectGuestTest, IsSilent) {
-    for (const auto& options : std::vector<std::vector<std::string>>{{}, {"--tlb=stale"}})
-        expect_silence(sanitized(guest_file(GetParam()), options));
-}
-
-INSTANTIATE_TEST_SUITE_P(Shipped, CorrectGuestTest,
-                         testing::Values("hello", "tlb", "reserved", "access", "random", "spaces", "user",
-                                         "timer", "exceptions", "mmufuzz"),
-                         [](const testing::TestParamInfo<const char*>& guest) { return guest.param; });
 
 TEST_F(SanitizeTest, PagingUsesAGlobalPageThatItHasMovedAndNothingElse) {
     const Ended ended = sanitized(guest_file("paging"));

@@ -11,8 +11,9 @@ namespace {
 
 using Kind = Verdict::Kind;
 
-constexpr std::array all_kinds{Kind::passed,  Kind::failed,    Kind::reset,       Kind::triple_fault,
-                               Kind::stopped, Kind::timed_out, Kind::interrupted, Kind::host_failed};
+constexpr std::array all_kinds{Kind::passed,       Kind::failed,      Kind::reset,
+                               Kind::triple_fault, Kind::stopped,     Kind::timed_out,
+                               Kind::interrupted,  Kind::host_failed, Kind::no_progress};
 
 TEST(Verdict, ExitCodesAreThoseOfTheManual) {
     const auto code = [](Kind kind) { return static_cast<int>(exit_code({kind, 7, "why"})); };
@@ -21,6 +22,7 @@ TEST(Verdict, ExitCodesAreThoseOfTheManual) {
     EXPECT_EQ(code(Kind::reset), 3);
     EXPECT_EQ(code(Kind::triple_fault), 3);
     EXPECT_EQ(code(Kind::stopped), 3);
+    EXPECT_EQ(code(Kind::no_progress), 3);
     EXPECT_EQ(code(Kind::host_failed), 4);
     EXPECT_EQ(code(Kind::timed_out), 124);
     EXPECT_EQ(code(Kind::interrupted), 130);

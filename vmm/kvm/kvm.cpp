@@ -184,6 +184,14 @@ void put_legacy(const ExtendedState& state, std::span<std::byte> area) {
 constexpr std::uint64_t sync_general = KVM_SYNC_X86_REGS;
 constexpr std::uint64_t sync_system = KVM_SYNC_X86_SREGS;
 
+/// An entry of an APIC's interrupt tables (Intel SDM vol. 3A, 11.5.1) that is not masked and sends something
+/// else than interrupts: an SMI, an NMI or an INIT.
+bool is_unmaskable(std::uint32_t entry) {
+    constexpr std::uint32_t masked = 1U << 16;
+    const std::uint32_t mode = entry >> 8 & 7;
+    return (entry & masked) == 0 && (mode == 2 || mode == 4 || mode == 5);
+}
+
 } // namespace
 
 std::array<std::byte, fxsave_bytes> to_fxsave(const ExtendedState& state) {
@@ -315,6 +323,16 @@ void Vm::set_irq_line(unsigned irq, bool level) {
     line.irq = irq;
     line.level = level ? 1 : 0;
     (void)control(file_, KVM_IRQ_LINE, &line); // fails only for a VM without an irqchip
+}
+
+bool Vm::has_unmaskable_input() const {
+    kvm_irqchip chip{};
+    chip.chip_id = KVM_IRQCHIP_IOAPIC;
+    if (control(file_, KVM_GET_IRQCHIP, &chip) != 0)
+        return true;
+    return std::ranges::any_of(chip.chip.ioapic.redirtbl, [](const auto& entry) {
+        return is_unmaskable(static_cast<std::uint32_t>(entry.bits));
+    });
 }
 
 // --- Vcpu
@@ -575,6 +593,21 @@ void Vcpu::wake() {
     kvm_mp_state state{};
     state.mp_state = KVM_MP_STATE_RUNNABLE;
     (void)control(file_, KVM_SET_MP_STATE, &state);
+}
+
+bool Vcpu::line_is_unmaskable() const {
+    constexpr std::size_t lint0 = 0x350;
+    kvm_lapic_state apic{};
+    if (control(file_, KVM_GET_LAPIC, &apic) != 0)
+        return true;
+    std::uint32_t entry = 0;
+    std::memcpy(&entry, &apic.regs[lint0], sizeof(entry));
+    return is_unmaskable(entry);
+}
+
+bool Vcpu::halted() const {
+    kvm_mp_state state{};
+    return control(file_, KVM_GET_MP_STATE, &state) == 0 && state.mp_state == KVM_MP_STATE_HALTED;
 }
 
 std::optional<std::uint64_t> Vcpu::read_msr(std::uint32_t index) const {

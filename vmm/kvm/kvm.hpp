@@ -139,6 +139,11 @@ class Vcpu {
     void halt();
     /// It sleeps no longer.
     void wake();
+    /// KVM_GET_MP_STATE: whether it sleeps, by a HLT of its own or by halt().
+    [[nodiscard]] bool halted() const;
+    /// Whether its local APIC passes the PIC's and PIT's line on as an interrupt that RFLAGS.IF does not hold
+    /// back, such as an NMI; also if KVM does not tell.
+    [[nodiscard]] bool line_is_unmaskable() const;
 
     /// KVM_GET_MSRS, KVM_SET_MSRS: as userspace, which KVM trusts with more than a guest. Nothing or false if
     /// KVM has no such register, or refuses the value. What is written to the local APIC's base or task
@@ -188,6 +193,9 @@ class Vm {
     void create_interrupt_controllers();
     [[nodiscard]] Vcpu create_vcpu(unsigned id);
     void set_irq_line(unsigned irq, bool level);
+    /// Whether an input of the I/O APIC is passed on as an interrupt that RFLAGS.IF does not hold back; also
+    /// if KVM does not tell.
+    [[nodiscard]] bool has_unmaskable_input() const;
 
   private:
     File file_;

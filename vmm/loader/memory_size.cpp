@@ -25,15 +25,15 @@ std::optional<unsigned> suffix_shift(std::string_view suffix) {
 
 } // namespace
 
-std::uint64_t parse_memory_size(std::string_view text) {
+std::uint64_t parse_memory_size(std::string_view text, std::uint64_t most) {
     std::uint64_t count = 0;
     const char* const end = text.data() + text.size();
     const auto [rest, error] = std::from_chars(text.data(), end, count);
     const auto shift = suffix_shift({rest, static_cast<std::size_t>(end - rest)});
     if (error == std::errc::invalid_argument || !shift)
         reject("bad memory size '{}': write a number with K, M or G, such as 64M", text);
-    if (error == std::errc::result_out_of_range || count > maximum_memory >> *shift)
-        reject("memory size '{}' is too large: at most {} GiB", text, maximum_memory >> 30);
+    if (error == std::errc::result_out_of_range || count > most >> *shift)
+        reject("memory size '{}' is too large: at most {} GiB", text, most >> 30);
     const std::uint64_t bytes = count << *shift;
     if (bytes < minimum_memory)
         reject("memory size '{}' is too small: at least {} MiB", text, minimum_memory >> 20);

@@ -19,8 +19,8 @@ inline constexpr GuestPhys high_memory_base{std::uint64_t{4} << 30};
 
 /// A size as users write it, in bytes: decimal digits and K, M or G (either case; powers of 1024); a bare
 /// number is MiB, as for QEMU. Throws StartupError(bad_usage) unless it is a multiple of the page size
-/// between minimum_memory and maximum_memory.
-[[nodiscard]] std::uint64_t parse_memory_size(std::string_view text);
+/// between minimum_memory and `most`, by default a guest's.
+[[nodiscard]] std::uint64_t parse_memory_size(std::string_view text, std::uint64_t most = maximum_memory);
 
 struct RamRange {
     GuestPhys base;

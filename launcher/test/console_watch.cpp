@@ -1,0 +1,126 @@
+#include "launcher/test/console_watch.hpp"
+
+#include <algorithm>
+#include <iterator>
+
+#include <fmt/format.h>
+
+namespace umbra {
+
+void KeptText::add(std::string_view text) {
+    bytes_ += text.size();
+    const std::size_t first = std::min(text.size(), half_ - head_.size());
+    head_ += text.substr(0, first);
+    text.remove_prefix(first);
+    tail_ += text.substr(text.size() - std::min(text.size(), half_));
+    if (tail_.size() > 2 * half_)
+        tail_.erase(0, tail_.size() - half_);
+}
+
+std::string KeptText::text() const {
+    const std::string_view tail =
+        std::string_view(tail_).substr(tail_.size() - std::min(tail_.size(), half_));
+    const std::uint64_t left_out = bytes_ - head_.size() - tail.size();
+    if (left_out == 0)
+        return head_ + std::string(tail);
+    return fmt::format("{}\n[{} bytes are left out here]\n{}", head_, left_out, tail);
+}
+
+ConsoleWatch::Pattern ConsoleWatch::compile(const std::string& text) {
+    return {text, std::regex(text, std::regex::ECMAScript)};
+}
+
+ConsoleWatch::ConsoleWatch(const TestCase& test) : test_(test) {
+    std::ranges::transform(test.required, std::back_inserter(required_), compile);
+    std::ranges::transform(test.forbidden, std::back_inserter(banned_), compile);
+    for (const Exchange& exchange : test.conversation)
+        expected_.push_back(compile(exchange.expect));
+}
+
+std::string ConsoleWatch::add(std::string_view text) {
+    std::string send;
+    while (!text.empty()) {
+        const std::size_t room = window - line_.size();
+        const std::string_view part = text.substr(0, std::min(room, text.find('\n')));
+        line_ += part;
+        text.remove_prefix(part.size());
+        if (!text.empty() && text.front() == '\n') {
+            text.remove_prefix(1);
+            if (line_.ends_with('\r'))
+                line_.pop_back();
+            look(true);
+            converse(true, send);
+            line_.clear();
+            begins_here_ = true;
+            required_from_ = expected_from_ = 0;
+            ++number_;
+        } else if (line_.size() == window) {
+            look(false);
+            converse(false, send);
+            shorten();
+        }
+    }
+    if (!line_.empty())
+        converse(true, send); // a prompt has no end of line: where the guest pauses is one
+    return send;
+}
+
+void ConsoleWatch::finish() {
+    if (!line_.empty())
+        look(true);
+}
+
+std::optional<std::size_t> ConsoleWatch::find(const Pattern& pattern, std::size_t from, bool line_ends) {
+    auto flags = std::regex_constants::match_default;
+    if (from > 0 || !begins_here_)
+        flags |= std::regex_constants::match_not_bol;
+    if (from > 0)
+        flags |= std::regex_constants::match_prev_avail;
+    if (!line_ends)
+        flags |= std::regex_constants::match_not_eol;
+    try {
+        std::smatch match;
+        if (std::regex_search(line_.cbegin() + static_cast<std::ptrdiff_t>(from), line_.cend(), match,
+                              pattern.regex, flags))
+            return static_cast<std::size_t>(match[0].second - line_.cbegin());
+    } catch (const std::regex_error& error) {
+        if (failure_.empty())
+            failure_ = fmt::format("the pattern '{}' is too much to look for in line {}: {}", pattern.text,
+                                   number_, error.what());
+    }
+    return std::nullopt;
+}
+
+void ConsoleWatch::look(bool line_ends) {
+    for (const Pattern& pattern : banned_)
+        if (!forbidden_ && find(pattern, 0, line_ends))
+            forbidden_ = {pattern.text, number_, line_};
+    while (required_found_ < required_.size()) {
+        const auto end = find(required_[required_found_], required_from_, line_ends);
+        if (!end)
+            return;
+        required_from_ = *end;
+        ++required_found_;
+    }
+}
+
+void ConsoleWatch::converse(bool line_ends, std::string& send) {
+    while (exchanges_met_ < expected_.size()) {
+        const auto end = find(expected_[exchanges_met_], expected_from_, line_ends);
+        if (!end)
+            return;
+        expected_from_ = *end;
+        send += test_.conversation[exchanges_met_].send;
+        ++exchanges_met_;
+    }
+}
+
+void ConsoleWatch::shorten() {
+    constexpr std::size_t cut = window / 2;
+    line_.erase(0, cut);
+    begins_here_ = false;
+    required_from_ -= std::min(required_from_, cut);
+    expected_from_ -= std::min(expected_from_, cut);
+}
+
+} // namespace umbra
