@@ -484,13 +484,20 @@ class Runner {
             config_.warn(text);
     }
 
+    bool make_folder(const fs::path& folder) {
+        std::error_code error;
+        fs::create_directories(folder, error);
+        if (error)
+            warn(fmt::format("results cannot be kept in '{}': {}", folder.string(), error.message()));
+        return !error;
+    }
+
     void prepare_output() {
         if (config_.output.empty())
             return;
+        if (!make_folder(config_.output))
+            return;
         std::error_code error;
-        fs::create_directories(config_.output, error);
-        if (error)
-            return warn(fmt::format("results cannot be kept in '{}': {}", config_.output, error.message()));
         std::vector<fs::path> old;
         const std::set<std::string> own(folders_.begin(), folders_.end());
         for (fs::directory_iterator at(config_.output, error), end; !error && at != end;
@@ -515,10 +522,8 @@ class Runner {
         if (config_.output.empty() || (!config_.trace && !config_.core))
             return;
         const fs::path folder = folder_of(run);
-        std::error_code error;
-        fs::create_directories(folder, error);
-        if (error)
-            return warn(fmt::format("results cannot be kept in '{}': {}", folder.string(), error.message()));
+        if (!make_folder(folder))
+            return;
         run.folder = folder;
         if (config_.trace) {
             const std::string file = folder / case_files::trace;
@@ -539,11 +544,10 @@ class Runner {
             return;
         }
         const fs::path folder = folder_of(run);
-        std::error_code error;
-        fs::create_directories(folder, error);
-        if (error)
-            return warn(fmt::format("results cannot be kept in '{}': {}", folder.string(), error.message()));
+        if (!make_folder(folder))
+            return;
         result.folder = folder;
+        std::error_code error;
         const bool core = fs::exists(folder / case_files::core, error);
         struct Part {
             const char* name;
