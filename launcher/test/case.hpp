@@ -45,7 +45,7 @@ inline constexpr std::array<std::string_view, 5> host_trait_names{"native-ring0"
 /// A step of a scripted conversation with the guest.
 struct Exchange {
     std::string expect; ///< to appear in what the console printed since the step before; a regular expression
-                        ///< (ECMAScript)
+                        ///< (pattern_problem())
     std::string send;   ///< then given to the guest, as its serial or keyboard input; empty: nothing
 };
 

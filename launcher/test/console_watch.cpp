@@ -1,5 +1,7 @@
 #include "launcher/test/console_watch.hpp"
 
+#include "vmm/error.hpp"
+
 #include <algorithm>
 #include <iterator>
 
@@ -26,8 +28,28 @@ std::string KeptText::text() const {
     return fmt::format("{}\n[{} bytes are left out here]\n{}", head_, left_out, tail);
 }
 
+namespace {
+
+re2::RE2::Options pattern_options() {
+    re2::RE2::Options options;
+    options.set_encoding(re2::RE2::Options::EncodingLatin1); // a guest's bytes may be no UTF-8
+    options.set_log_errors(false);
+    return options;
+}
+
+} // namespace
+
+std::optional<std::string> pattern_problem(const std::string& pattern) {
+    const re2::RE2 compiled(pattern, pattern_options());
+    return compiled.ok() ? std::nullopt : std::optional(compiled.error());
+}
+
 ConsoleWatch::Pattern ConsoleWatch::compile(const std::string& text) {
-    return {text, std::regex(text, std::regex::ECMAScript)};
+    Pattern pattern = std::make_unique<const re2::RE2>(text, pattern_options());
+    if (!pattern->ok())
+        throw StartupError(ExitCode::bad_usage,
+                           fmt::format("'{}' is no regular expression: {}", text, pattern->error()));
+    return pattern;
 }
 
 ConsoleWatch::ConsoleWatch(const TestCase& test) : test_(test) {
@@ -70,31 +92,21 @@ void ConsoleWatch::finish() {
         look(true);
 }
 
-std::optional<std::size_t> ConsoleWatch::find(const Pattern& pattern, std::size_t from, bool line_ends) {
-    auto flags = std::regex_constants::match_default;
-    if (from > 0 || !begins_here_)
-        flags |= std::regex_constants::match_not_bol;
-    if (from > 0)
-        flags |= std::regex_constants::match_prev_avail;
-    if (!line_ends)
-        flags |= std::regex_constants::match_not_eol;
-    try {
-        std::smatch match;
-        if (std::regex_search(line_.cbegin() + static_cast<std::ptrdiff_t>(from), line_.cend(), match,
-                              pattern.regex, flags))
-            return static_cast<std::size_t>(match[0].second - line_.cbegin());
-    } catch (const std::regex_error& error) {
-        if (failure_.empty())
-            failure_ = fmt::format("the pattern '{}' is too much to look for in line {}: {}", pattern.text,
-                                   number_, error.what());
-    }
-    return std::nullopt;
+std::optional<std::size_t> ConsoleWatch::find(const Pattern& pattern, std::size_t from,
+                                              bool line_ends) const {
+    // What lies outside these bounds is seen by ^, $ and \b.
+    const std::size_t begin = std::max<std::size_t>(from, begins_here_ ? 0 : 1);
+    const std::size_t end = line_.size() - (line_ends ? 0 : 1);
+    re2::StringPiece match;
+    if (begin > end || !pattern->Match(line_, begin, end, re2::RE2::UNANCHORED, &match, 1))
+        return std::nullopt;
+    return static_cast<std::size_t>(match.data() - line_.data()) + match.size();
 }
 
 void ConsoleWatch::look(bool line_ends) {
     for (const Pattern& pattern : banned_)
         if (!forbidden_ && find(pattern, 0, line_ends))
-            forbidden_ = {pattern.text, number_, line_};
+            forbidden_ = {pattern->pattern(), number_, line_};
     while (required_found_ < required_.size()) {
         const auto end = find(required_[required_found_], required_from_, line_ends);
         if (!end)

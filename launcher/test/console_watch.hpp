@@ -5,11 +5,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
-#include <regex>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include <re2/re2.h>
 
 namespace umbra {
 
@@ -28,17 +30,20 @@ class KeptText {
     std::string head_, tail_; ///< `tail_` may be up to twice a half, so that it is not moved at each byte
 };
 
+/// What is wrong with a pattern; nothing if it is a regular expression of RE2's, of bytes. Those are looked
+/// for in time and memory that the guest cannot drive up: https://github.com/google/re2/wiki/Syntax
+[[nodiscard]] std::optional<std::string> pattern_problem(const std::string& pattern);
+
 /// Looks for a case's patterns, and plays its conversation.
 ///
 /// Patterns are looked for line by line: '^' and '$' are a line's beginning and end, and none matches over
-/// several lines. A line of more than `window` bytes is looked at in parts that overlap by a half of it: the
-/// regular expressions of the C++ library need stack for each character, and a guest must not choose how
-/// much.
+/// several lines. A line of more than `window` bytes is looked at in parts that overlap by a half of it, so
+/// that a guest that ends none costs no memory.
 class ConsoleWatch {
   public:
     static constexpr std::size_t window = 4096;
 
-    /// std::regex_error if a pattern is none.
+    /// StartupError(bad_usage) if a pattern is none.
     explicit ConsoleWatch(const TestCase& test);
 
     struct Hit {
@@ -57,31 +62,25 @@ class ConsoleWatch {
     [[nodiscard]] std::size_t exchanges_met() const { return exchanges_met_; }
     /// The first occurrence of a forbidden pattern.
     [[nodiscard]] const std::optional<Hit>& forbidden() const { return forbidden_; }
-    /// A pattern that is too much for the C++ library, with this text. Nothing that it should have found or
-    /// not is certain then.
-    [[nodiscard]] const std::string& failure() const { return failure_; }
 
   private:
-    struct Pattern {
-        std::string text;
-        std::regex regex;
-    };
+    using Pattern = std::unique_ptr<const re2::RE2>;
     static Pattern compile(const std::string& text);
     /// The end of the first match in line_ from `from`, if there is one.
-    [[nodiscard]] std::optional<std::size_t> find(const Pattern& pattern, std::size_t from, bool line_ends);
+    [[nodiscard]] std::optional<std::size_t> find(const Pattern& pattern, std::size_t from,
+                                                  bool line_ends) const;
     void look(bool line_ends);
     void converse(bool line_ends, std::string& send);
     void shorten();
 
     const TestCase& test_;
     std::vector<Pattern> required_, banned_, expected_;
-    std::string line_;                                  ///< so far; its end if it is long
-    bool begins_here_ = true;                           ///< line_ has the line's beginning
-    std::uint64_t number_ = 1;                          ///< of the line
+    std::string line_;         ///< so far; its end if it is long
+    bool begins_here_ = true;  ///< line_ has the line's beginning; else what is before
+    std::uint64_t number_ = 1; ///< of the line
     std::size_t required_from_ = 0, expected_from_ = 0; ///< in line_: where what was found before ends
     std::size_t required_found_ = 0, exchanges_met_ = 0;
     std::optional<Hit> forbidden_;
-    std::string failure_;
 };
 
 } // namespace umbra

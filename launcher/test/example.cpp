@@ -38,7 +38,7 @@ tags = ["slow", "drivers"]                   # for `umbra test --tag slow` or --
 # native-ring0, iopl, cpuid, stores-seen, own-gdt
 hosts = ["native-ring0"]
 
-# What the console shall show: regular expressions (ECMAScript). The required ones in this order.
+# What the console shall show: regular expressions (RE2's). The required ones in this order.
 [case.console]
 required = ["found \\d+ devices", "all drivers are up"]
 forbidden = ["WARNING", "BUG:"]

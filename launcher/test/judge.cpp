@@ -198,8 +198,6 @@ void judge(const RunFacts& facts, bool host_fits, CaseResult& result) {
                                               facts.forbidden->line, facts.forbidden->pattern,
                                               facts.forbidden->text));
     }
-    if (!facts.pattern_failure.empty())
-        result.problems.push_back(facts.pattern_failure);
     if (result.outcome) {
         judge_outcome(result, test.required.size() + test.conversation.size() != 0 &&
                                   facts.required_found == test.required.size() &&

@@ -25,7 +25,6 @@ struct RunFacts {
     enum class EndedFor : std::uint8_t {
         nothing,
         forbidden_pattern,
-        pattern_failure,
         overrun, ///< umbra was still there long after the time limit that it had been given
         interrupt,
     };
@@ -34,7 +33,6 @@ struct RunFacts {
     std::size_t required_found = 0, exchanges_met = 0; ///< as ConsoleWatch's
     bool all_sent = true; ///< what the conversation had to send, the guest's run took
     std::optional<ConsoleWatch::Hit> forbidden;
-    std::string pattern_failure;
 };
 
 /// Fills in verdict, problems, outcome, code, reason, culprit and stats of `result`, whose `test` is set.

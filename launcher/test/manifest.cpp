@@ -4,6 +4,8 @@
 // Reader::expand.
 #include "launcher/test/manifest.hpp"
 
+#include "launcher/test/console_watch.hpp"
+
 #include "vmm/cpu_model.hpp"
 #include "vmm/error.hpp"
 #include "vmm/loader/kernel_file.hpp"
@@ -21,7 +23,6 @@
 #include <iterator>
 #include <map>
 #include <optional>
-#include <regex>
 #include <set>
 #include <system_error>
 #include <tuple>
@@ -453,12 +454,10 @@ std::optional<std::string> Reader::pattern(const toml::node& node, const std::st
     std::optional<std::string> value = text(node, key, false);
     if (!value)
         return std::nullopt;
-    try {
-        (void)std::regex(*value, std::regex::ECMAScript);
-    } catch (const std::regex_error& error) {
+    if (const auto wrong = pattern_problem(*value)) {
         problem(node, key,
-                fmt::format("expected a regular expression (ECMAScript), not '{}': {}", printable(*value),
-                            error.what()));
+                fmt::format("expected a regular expression (RE2), not '{}': {}", printable(*value),
+                            printable(*wrong)));
         return std::nullopt;
     }
     return value;

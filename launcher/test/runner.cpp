@@ -23,7 +23,6 @@
 #include <fstream>
 #include <memory>
 #include <optional>
-#include <regex>
 #include <set>
 #include <sstream>
 #include <system_error>
@@ -120,10 +119,10 @@ void remove_results(const fs::path& folder) {
 
 /// What `umbra run` has said of a trace or a core that it could not write, the disk being full.
 std::optional<std::string> unwritten_file(const std::string& errors) {
-    static const std::regex complaint("^umbra: (no core was written|the trace .* is incomplete).*");
     std::istringstream stream(errors);
     for (std::string line; std::getline(stream, line);)
-        if (line.size() < ConsoleWatch::window && std::regex_match(line, complaint))
+        if (line.starts_with("umbra: no core was written") ||
+            (line.starts_with("umbra: the trace ") && line.find(" is incomplete") != std::string::npos))
             return line.substr(std::string_view("umbra: ").size());
     return std::nullopt;
 }
@@ -131,7 +130,7 @@ std::optional<std::string> unwritten_file(const std::string& errors) {
 // --- A run
 
 struct Run {
-    /// std::regex_error as ConsoleWatch.
+    /// StartupError as ConsoleWatch.
     Run(const TestCase& run_test, std::size_t case_index, unsigned run_attempt, std::uint64_t memory_bytes)
         : test(run_test), index(case_index), attempt(run_attempt), memory(memory_bytes) {}
 
@@ -292,11 +291,10 @@ class Runner {
         std::unique_ptr<Run> run;
         try {
             run = std::make_unique<Run>(test, next_, attempt_, memory);
-        } catch (const std::regex_error& error) {
+        } catch (const StartupError& error) {
             CaseResult result = new_result(test, attempt_);
             result.verdict = CaseVerdict::failed;
-            result.problems.push_back(
-                fmt::format("one of its patterns is no regular expression: {}", error.what()));
+            result.problems.emplace_back(error.what());
             tell(result);
             return true;
         }
@@ -361,8 +359,6 @@ class Runner {
             }
             if (run->watch.forbidden())
                 ask_to_end(*run, RunFacts::EndedFor::forbidden_pattern);
-            else if (!run->watch.failure().empty())
-                ask_to_end(*run, RunFacts::EndedFor::pattern_failure);
             if (Clock::now() >= run->deadline)
                 overrun(*run);
         }
@@ -446,7 +442,6 @@ class Runner {
         facts.exchanges_met = run.watch.exchanges_met();
         facts.all_sent = run.to_send.empty();
         facts.forbidden = run.watch.forbidden();
-        facts.pattern_failure = run.watch.failure();
 
         CaseResult result = new_result(run.test, run.attempt);
         result.start = std::chrono::duration_cast<milliseconds>(run.begun - begun_);

@@ -521,7 +521,7 @@ TEST(Manifest, RegularExpressionsAreCompiled) {
          {"console.required = ['a', '{}']", "console.forbidden = ['{}']", "conversation = [{{expect='{}'}}]"})
         for (const std::string_view bad : {"(", "[a", "*", "a{2,1}", "\\", "(a{1000}){1000}"}) {
             const std::string errors = said(fmt::format(fmt::runtime(key), bad));
-            EXPECT_NE(errors.find(fmt::format("expected a regular expression (ECMAScript), not '{}': ", bad)),
+            EXPECT_NE(errors.find(fmt::format("expected a regular expression (RE2), not '{}': ", bad)),
                       std::string::npos)
                 << bad << "\n"
                 << errors;
