@@ -35,7 +35,8 @@ constexpr const char* exit_codes = R"(Exit codes:
   0    passed: the guest wrote 0 to port 0xf4, powered off, or printed what --expect names
   1    failed: the guest wrote another value to port 0xf4
   2    bad usage, or a kernel that cannot be loaded
-  3    the guest panicked: triple fault, reset, or something that umbra does not do
+  3    the guest panicked: triple fault, reset, or something that umbra does not do; or it was stuck
+       (--end-stuck)
   4    this host cannot run the guest
   124  timed out
   130  interrupted (Ctrl-C))";

@@ -4,6 +4,7 @@
 #include "vmm/cpu.hpp"
 #include "vmm/machine.hpp"
 #include "vmm/run_control.hpp"
+#include "vmm/stuck_watch.hpp"
 #include "vmm/trap_log.hpp"
 #include "vmm/verdict.hpp"
 
@@ -54,6 +55,14 @@ class Engine {
     /// Answers a port or MMIO exit of the vCPU.
     std::optional<Verdict> handle_port_exit();
     void handle_mmio_exit();
+    /// After an exit that was none of the guest's doings, where stuck_watch_ is: a verdict if the guest, in
+    /// `space`, will never do anything again.
+    std::optional<Verdict> look_for_progress(const GuestSpace& space) {
+        auto verdict = stuck_watch_->look(cpu_, space, log_.added());
+        if (verdict && (machine_.vcpu().injects() || machine_.has_unmaskable_interrupts()))
+            verdict.reset();
+        return verdict;
+    }
     /// The verdict of a run that cannot go on.
     Verdict stop(Verdict::Kind kind, std::string reason) {
         trap_.action = TrapAction::stop;
@@ -64,8 +73,9 @@ class Engine {
     VirtualCpu cpu_;
     CpuFeatures features_;
     TrapLog log_;
-    TrapRecord trap_;             ///< of the exit that is being handled
-    bool debugger_calls_ = false; ///< RunControl::debugger_calls was taken
+    TrapRecord trap_;                       ///< of the exit that is being handled
+    bool debugger_calls_ = false;           ///< RunControl::debugger_calls was taken
+    std::optional<StuckWatch> stuck_watch_; ///< if a guest that cannot go on is to be ended
 };
 
 } // namespace umbra

@@ -168,7 +168,7 @@ Monitor::Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& b
       tables_(machine.memory(), pool_, mmu_config(machine, traits, options), region_.root_entry()),
       mmu_(tables_), cpuid_(machine.cpuid()), machine_cr4_allowed_(machine.kvm().cr4_offered()),
       placed_slot_(first_slot), checks_(options.checks), end_dead_halt_(options.end_stuck) {
-    if (options.end_stuck && options.frontend == nullptr)
+    if (options.end_stuck && options.frontend == nullptr) // a debugger may change anything
         stuck_watch_.emplace();
     if (checks_ != nullptr)
         checks_->attach(mmu_, [this] { return origin(); });
@@ -299,11 +299,8 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     end_trap();
     if (!verdict)
         verdict = finish_exit(reason, control);
-    if (!verdict && stuck_watch_ && reason == ExitReason::interrupted && !in_ring0) {
-        verdict = stuck_watch_->look(cpu_, space(), log_.added());
-        if (verdict && (vcpu.injects() || machine_.has_unmaskable_interrupts()))
-            verdict.reset();
-    }
+    if (!verdict && stuck_watch_ && reason == ExitReason::interrupted && !in_ring0)
+        verdict = look_for_progress(space());
     if (debugger_calls_) // to be attended at the next exit, which is at once
         vcpu.request_exit();
     return verdict;

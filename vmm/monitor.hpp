@@ -8,7 +8,6 @@
 #include "vmm/emulator.hpp"
 #include "vmm/engine.hpp"
 #include "vmm/guest_checks.hpp"
-#include "vmm/stuck_watch.hpp"
 #include "vmm/switcher.hpp"
 #include "vmm/traits.hpp"
 
@@ -102,8 +101,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
                   machine_tsc_aux_ = 0;             ///< the guest's, as last told to the machine
     std::optional<NativePortAccess> native_access_; ///< to be made at the next entry
     GuestChecks* checks_;
-    bool end_dead_halt_;                    ///< MonitorOptions::end_stuck
-    std::optional<StuckWatch> stuck_watch_; ///< the same; none with a debugger, which may change anything
+    bool end_dead_halt_; ///< MonitorOptions::end_stuck
     std::optional<Debugger> debugger_;
     std::optional<Event> held_event_; ///< caught by the debugger, to be delivered when the guest goes on
     bool single_step_ = false;        ///< the guest was entered for one instruction

@@ -50,18 +50,11 @@ std::optional<Verdict> NativeEngine::handle(ExitReason reason, RunControl& contr
     end_trap();
     if (!verdict)
         verdict = finish_exit(reason, control);
-    if (!verdict && stuck_watch_ && reason == ExitReason::interrupted)
-        verdict = look_for_progress();
-    return verdict;
-}
-
-std::optional<Verdict> NativeEngine::look_for_progress() {
-    const Vcpu& vcpu = machine_.vcpu();
-    vcpu.load(cpu_);
-    cpu_.halted = vcpu.halted();
-    auto verdict = stuck_watch_->look(cpu_, {machine_.memory(), paging()}, log_.added());
-    if (verdict && (vcpu.injects() || machine_.has_unmaskable_interrupts()))
-        verdict.reset();
+    if (!verdict && stuck_watch_ && reason == ExitReason::interrupted) {
+        vcpu.load(cpu_);
+        cpu_.halted = vcpu.halted();
+        verdict = look_for_progress({machine_.memory(), paging()});
+    }
     return verdict;
 }
 

@@ -3,9 +3,6 @@
 #pragma once
 
 #include "vmm/engine.hpp"
-#include "vmm/stuck_watch.hpp"
-
-#include <optional>
 
 namespace umbra {
 
@@ -20,9 +17,6 @@ class NativeEngine final : public Engine {
 
   private:
     std::optional<Verdict> handle(ExitReason reason, RunControl& control);
-    [[nodiscard]] std::optional<Verdict> look_for_progress();
-
-    std::optional<StuckWatch> stuck_watch_; ///< if it is to be
 };
 
 } // namespace umbra

@@ -23,7 +23,7 @@ enum class Outcome : std::uint8_t {
     reset,   ///< what kernels do that panic
     stopped, ///< umbra cannot go on with the guest
     timed_out,
-    no_progress, ///< the runner ended a guest that did nothing any more
+    no_progress, ///< it halted, or jumped to itself, with interrupts off (`umbra run --end-stuck`)
     host_cannot, ///< this host cannot run it: a skip, unless hosts say otherwise
     bad_usage,   ///< a kernel file or an option that umbra refuses
     crashed,     ///< umbra itself died, or KVM or umbra could not go on in the midst of a run
