@@ -1,5 +1,6 @@
 #include "launcher/debug.hpp"
 
+#include "vmm/debug/listener.hpp"
 #include "vmm/error.hpp"
 
 #include <spawn.h>
@@ -110,9 +111,21 @@ class GdbProcess {
     std::thread waiter_;
 };
 
+/// The end of gdb, which interrupts the run, is no failure.
+int exit_code_of(int code) {
+    return code == static_cast<int>(ExitCode::interrupted) ? 0 : code;
+}
+
 } // namespace
 
-int debug_command(DebugOptions options) {
+int debug_command(DebugOptions options, const std::function<int(const RunOptions&)>& run_elsewhere) {
+    options.run.pause = true;
+    options.run.serial_input = false; // the terminal is gdb's
+    if (std::getenv(GdbListener::inherited_variable) != nullptr) { // gdb is elsewhere
+        options.run.gdb = "0"; // wherever it is
+        options.run.debugger_ready = [](const std::string&, const std::function<void()>&) {};
+        return exit_code_of(run_command(options.run));
+    }
     const PrivateFolder folder;
     const std::filesystem::path script = folder.path() / "umbra.py";
     if (!(std::ofstream(script) << gdb_script()))
@@ -122,8 +135,6 @@ int debug_command(DebugOptions options) {
     arguments.insert(arguments.end(), {"-x", script.string()});
     GdbProcess gdb;
     options.run.gdb = "unix:" + (folder.path() / "gdb").string();
-    options.run.pause = true;
-    options.run.serial_input = false; // the terminal is gdb's
     options.run.debugger_ready = [&](const std::string& address, std::function<void()> end) {
         arguments.insert(arguments.end(), {"-ex", "target remote " + address});
         for (const std::string& command : options.commands)
@@ -131,9 +142,9 @@ int debug_command(DebugOptions options) {
         arguments.push_back(options.symbols.empty() ? options.run.kernel : options.symbols);
         gdb.start(arguments, std::move(end));
     };
-    const int code = run_command(options.run);
+    const int code = run_elsewhere ? run_elsewhere(options.run) : run_command(options.run);
     gdb.wait();
-    return code == static_cast<int>(ExitCode::interrupted) ? 0 : code;
+    return exit_code_of(code);
 }
 
 } // namespace umbra

@@ -3,6 +3,7 @@
 
 #include "launcher/run.hpp"
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -17,7 +18,11 @@ struct DebugOptions {
 /// Starts the guest, stopped before its first instruction, and gdb, which has the terminal. The guest goes
 /// when gdb does. Returns the process's exit code: that of the guest's run if it came to its end, otherwise
 /// 0. StartupError if it cannot be started.
-[[nodiscard]] int debug_command(DebugOptions options);
+///
+/// `run_elsewhere`: runs the guest in place of run_command(), on an emulated host, with RunOptions::gdb and
+/// RunOptions::debugger_ready as they are for run_command().
+[[nodiscard]] int debug_command(DebugOptions options,
+                                const std::function<int(const RunOptions&)>& run_elsewhere = {});
 
 /// scripts/gdb/umbra.py: umbra's commands for gdb.
 [[nodiscard]] const char* gdb_script();

@@ -1,6 +1,7 @@
 // The command line of umbra.
 
 #include "launcher/debug.hpp"
+#include "launcher/host.hpp"
 #include "launcher/inspect.hpp"
 #include "launcher/probe.hpp"
 #include "launcher/run.hpp"
@@ -8,28 +9,42 @@
 #include "launcher/test/html.hpp"
 #include "vmm/cpu_model.hpp"
 #include "vmm/error.hpp"
+#include "vmm/kvm/kvm.hpp"
 #include "vmm/loader/kernel_file.hpp"
+#include "vmm/loader/memory_size.hpp"
 
 #include <CLI/CLI.hpp>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <csignal>
 #include <cstdio>
+#include <cstring>
 #include <exception>
+#include <filesystem>
+#include <optional>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
+
+#include <unistd.h>
 
 namespace {
 
 using umbra::DebugOptions;
 using umbra::EngineKind;
+using umbra::Errand;
 using umbra::ExitCode;
 using umbra::ListFormat;
 using umbra::RunOptions;
 using umbra::StatsFormat;
 using umbra::TestOptions;
 using umbra::TlbBehaviour;
+
+constexpr unsigned most_processors = 64; ///< of an emulated host
 
 constexpr const char* exit_codes = R"(Exit codes:
   0    passed: the guest wrote 0 to port 0xf4, powered off, or printed what --expect names
@@ -359,11 +374,81 @@ CLI::App* add_test(CLI::App& app, TestOptions& options) {
     return test;
 }
 
+/// Where the guests run.
+void add_host_option(CLI::App* command, std::string& host) {
+    command
+        ->add_option("--host", host,
+                     "Where: kvm, this computer's; emulated, in a machine in QEMU's emulation that has KVM, kind A or, "
+                     "emulated:B, without nested paging; auto: as there is KVM or not [$UMBRA_HOST, or auto]")
+        ->type_name("HOST");
+}
+
+/// `umbra exec`
+struct ExecOptions {
+    std::vector<std::string> command;
+    std::string memory = "2G";
+    unsigned processors = 0;
+    bool counted = false;
+};
+
+CLI::App* add_exec(CLI::App& app, ExecOptions& options) {
+    CLI::App* exec = app.add_subcommand("exec", "Run a program where guests would run: on an emulated host");
+    exec->add_option("command", options.command, "The program and its arguments (after --)")
+        ->required()
+        ->type_name("COMMAND");
+    exec->add_option("-m,--memory", options.memory, "Memory of the emulated host for it")
+        ->capture_default_str()
+        ->type_name("SIZE");
+    exec->add_option("--processors", options.processors, "Processors of the emulated host [as many as there are]")
+        ->check(CLI::Range(1U, most_processors).description(""))
+        ->type_name("N");
+    exec->add_flag("--counted", options.counted,
+                   "The emulated host's clock counts its instructions, a nanosecond each; it has one processor");
+    return exec;
+}
+
 void set_up_logging(const std::string& level) {
     auto logger = spdlog::stderr_color_mt("umbra");
     logger->set_pattern("%^umbra: %v%$");
     logger->set_level(spdlog::level::from_str(level));
     spdlog::set_default_logger(std::move(logger));
+}
+
+/// As this process was started.
+std::vector<std::string> this_command(int argc, char** argv) {
+    std::vector<std::string> command(argv, argv + argc);
+    command.front() = std::filesystem::read_symlink("/proc/self/exe");
+    return command;
+}
+
+/// What a run takes at most: shadow tables, and what KVM and umbra keep for each page, beside the guest's own.
+std::uint64_t guest_memory(const RunOptions& options) {
+    const std::uint64_t memory = umbra::parse_memory_size(options.memory);
+    return memory + memory / 8;
+}
+
+unsigned processors_here() {
+    return std::clamp(std::thread::hardware_concurrency(), 1U, most_processors);
+}
+
+/// On the emulated host or, if umbra would run guests itself, here.
+int run_program(const std::optional<umbra::EmulatedHost>& host, ExecOptions options) {
+    if (!host) {
+        std::vector<char*> arguments;
+        for (std::string& argument : options.command)
+            arguments.push_back(argument.data());
+        arguments.push_back(nullptr);
+        ::execvp(arguments.front(), arguments.data());
+        throw umbra::StartupError(ExitCode::bad_usage, fmt::format("cannot run '{}': {}", options.command.front(),
+                                                                   std::strerror(errno)));
+    }
+    return umbra::run_on_emulated_host(
+        *host, {.command = std::move(options.command),
+                .memory_bytes = umbra::parse_memory_size(options.memory),
+                .processors = options.counted             ? 1
+                              : options.processors != 0 ? options.processors
+                                                        : processors_here(),
+                .counted = options.counted});
 }
 
 /// Everything that may throw.
@@ -380,7 +465,7 @@ int launch(int argc, char** argv) {
         return fmt::format("umbra: {} (see {} --help)\n", what, failed->get_name());
     });
     RunOptions run_options;
-    const CLI::App* run = add_run(app, run_options);
+    (void)add_run(app, run_options);
     DebugOptions debug_options;
     const CLI::App* debug = add_debug(app, debug_options);
     TestOptions test_options;
@@ -396,6 +481,13 @@ int launch(int argc, char** argv) {
     probe->add_flag("--json", json, "For programs");
     CLI::App* inspect =
         app.add_subcommand("inspect", "Tell how a kernel file can be loaded, and what is in it");
+    ExecOptions exec_options;
+    const CLI::App* exec = add_exec(app, exec_options);
+    std::string host_choice;
+    for (CLI::App* const command : app.get_subcommands([](const CLI::App* one) {
+             return one->get_name() != "inspect" && one->get_name() != "report";
+         }))
+        add_host_option(command, host_choice);
     std::string inspected;
     inspect->add_option("kernel", inspected, "The file")->required()->type_name("KERNEL");
 
@@ -405,15 +497,46 @@ int launch(int argc, char** argv) {
         return app.exit(error) == 0 ? 0 : static_cast<int>(ExitCode::bad_usage);
     }
     set_up_logging(debug->parsed() ? debug_options.run.log_level : run_options.log_level);
-    if (debug->parsed())
-        return umbra::debug_command(std::move(debug_options));
     if (inspect->parsed())
         return umbra::inspect_command(inspected);
-    if (test->parsed())
-        return umbra::test_command(test_options);
     if (report->parsed())
         return umbra::report_command(results, page);
-    return run->parsed() ? umbra::run_command(run_options) : umbra::probe_command(json);
+    if (test->parsed() && !umbra::runs_guests(test_options))
+        return umbra::test_command(test_options);
+
+    const auto host = umbra::choose_host(host_choice);
+    if (exec->parsed())
+        return run_program(host, std::move(exec_options));
+    Errand errand{.command = this_command(argc, argv)};
+    if (debug->parsed()) {
+        errand.memory_bytes = guest_memory(debug_options.run);
+        const auto run_there = [&](const RunOptions& options) {
+            errand.input = false;
+            errand.debuggers = options.gdb;
+            errand.debugger_ready = options.debugger_ready;
+            return umbra::run_on_emulated_host(*host, errand);
+        };
+        return host ? umbra::debug_command(std::move(debug_options), run_there)
+                    : umbra::debug_command(std::move(debug_options));
+    }
+    if (test->parsed()) {
+        errand.input = false;
+        errand.memory_bytes = std::uint64_t{3} << 30;
+        errand.processors = processors_here();
+        if (!host)
+            (void)umbra::Kvm(); // where there is none, this says so once
+        return host ? umbra::run_on_emulated_host(*host, errand) : umbra::test_command(test_options);
+    }
+    if (probe->parsed()) {
+        errand.input = false;
+        return host ? umbra::run_on_emulated_host(*host, errand) : umbra::probe_command(json);
+    }
+    if (!host)
+        return umbra::run_command(run_options);
+    errand.input = umbra::reads_input(run_options);
+    errand.memory_bytes = guest_memory(run_options);
+    errand.debuggers = run_options.gdb;
+    return umbra::run_on_emulated_host(*host, errand);
 }
 
 } // namespace

@@ -399,7 +399,10 @@ void serve_debugger(Session& session) {
     }
     if (options.engine == EngineKind::native)
         throw StartupError(ExitCode::bad_usage, "--gdb needs the shadow engine");
-    session.server.emplace(GdbAddress::parse(options.gdb), [&session] { session.control.debugger_calls(); });
+    std::optional<GdbListener> listener = GdbListener::inherited();
+    if (!listener)
+        listener.emplace(GdbAddress::parse(options.gdb));
+    session.server.emplace(std::move(*listener), [&session] { session.control.debugger_calls(); });
     session.debugger.emplace(
         *session.server, session.symbols,
         GdbSession::Config{.pause = options.pause, .leave_with_client = options.debugger_ready != nullptr});
@@ -499,7 +502,7 @@ Ending run_once(Session& session) {
         const Attendant attendant(
             session.control,
             {.timeout = timeout,
-             .input = (options.keyboard || serial_place(options) == "stdio") && options.serial_input});
+             .input = reads_input(options)});
         std::optional<TextDisplay> display;
         if (options.display)
             display.emplace(STDOUT_FILENO, screen);
@@ -558,6 +561,10 @@ Ending run_guest(const RunOptions& options) {
 }
 
 } // namespace
+
+bool reads_input(const RunOptions& options) {
+    return (options.keyboard || serial_place(options) == "stdio") && options.serial_input;
+}
 
 int run_command(const RunOptions& options) {
     const File file = options.result.empty() ? File() : open_output(options.result, "the result");

@@ -53,6 +53,9 @@ struct RunOptions {
     std::function<void(const std::string& address, std::function<void()> end)> debugger_ready;
 };
 
+/// Whether standard input goes to the guest.
+[[nodiscard]] bool reads_input(const RunOptions& options);
+
 /// Runs the guest and returns the process's exit code. StartupError if it cannot be started.
 ///
 /// RunOptions::result gets, also then, at the run's end:

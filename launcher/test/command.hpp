@@ -35,6 +35,11 @@ struct TestOptions {
     bool github = false;
 };
 
+/// Whether test_command() would run any, and not only tell something.
+[[nodiscard]] inline bool runs_guests(const TestOptions& options) {
+    return !options.init && options.list == ListFormat::none;
+}
+
 /// Returns the process's exit code:
 ///   0    every case ran and passed
 ///   1    a case failed, or did not run because another had, or the results could not be written

@@ -5,6 +5,7 @@
 // "Interrupts".
 #pragma once
 
+#include "vmm/debug/listener.hpp"
 #include "vmm/debug/packet.hpp"
 #include "vmm/kvm/file.hpp"
 
@@ -24,19 +25,6 @@
 #include <sys/types.h>
 
 namespace umbra {
-
-/// Where to serve: a TCP port, of this computer only unless a host is named, or a Unix socket.
-struct GdbAddress {
-    std::string path; ///< of the Unix socket; empty: TCP
-    std::string host = "127.0.0.1";
-    std::uint16_t port = 0; ///< 0: any that is free
-
-    /// PORT, :PORT, HOST:PORT (a name, an IPv4 address, or an IPv6 address in brackets), each also after
-    /// "tcp:", as QEMU spells it, or unix:PATH. StartupError (bad_usage) if it is none of them.
-    [[nodiscard]] static GdbAddress parse(std::string_view text);
-
-    friend bool operator==(const GdbAddress&, const GdbAddress&) = default;
-};
 
 struct ServerEvent {
     enum class Kind : std::uint8_t {
@@ -64,7 +52,9 @@ class GdbServer {
     /// Listens from now on. `wake` is called by the server thread whenever there are new events (one or
     /// more: take them until there is none), and must not wait for anybody who waits for this object.
     /// StartupError (bad_usage) if the address cannot be served: in use, unknown, not permitted.
-    GdbServer(const GdbAddress& where, std::function<void()> wake);
+    GdbServer(const GdbAddress& where, std::function<void()> wake)
+        : GdbServer(GdbListener(where), std::move(wake)) {}
+    GdbServer(GdbListener listener, std::function<void()> wake);
     /// Sends away the client, which takes `patience` at most, and unlinks the Unix socket.
     ~GdbServer();
     GdbServer(const GdbServer&) = delete;
@@ -73,7 +63,7 @@ class GdbServer {
     GdbServer& operator=(GdbServer&&) = delete;
 
     /// As gdb's `target remote` takes it: HOST:PORT, with the port that is served, or an absolute path.
-    [[nodiscard]] const std::string& address() const { return address_; }
+    [[nodiscard]] const std::string& address() const { return listener_.address(); }
 
     // The debugged vCPU's thread. None of these waits for the client.
 
@@ -105,14 +95,6 @@ class GdbServer {
         PacketParser parser{};
         bool answered = false;
     };
-    /// Of the Unix socket's file, so that nobody else's is unlinked.
-    struct Identity {
-        ::dev_t device = 0;
-        ::ino_t inode = 0;
-    };
-
-    void listen_tcp(const GdbAddress& where);
-    void listen_unix(const std::string& path);
 
     // The server thread's; from take_input to end_client with mutex_ held.
     void serve();
@@ -134,9 +116,8 @@ class GdbServer {
     void kick() const;
 
     const std::function<void()> wake_;
-    File listener_, kick_;
-    std::string address_, path_;
-    Identity identity_;
+    GdbListener listener_;
+    File kick_;
 
     // The server thread's.
     PacketParser parser_;
