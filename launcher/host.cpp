@@ -102,6 +102,8 @@ class Session {
     std::optional<std::string> failure_;
 };
 
+constexpr std::uint64_t own_memory = std::uint64_t{1} << 30; ///< of the machine, its page cache included
+
 sigset_t passed_signals() {
     sigset_t set;
     sigemptyset(&set);
@@ -114,7 +116,7 @@ Session::Session(const EmulatedHost& host, const Errand& errand)
     : host_(host), errand_(errand),
       machine_({.nested_paging = host.nested_paging,
                 .counted = errand.counted,
-                .memory_bytes = errand.memory_bytes,
+                .memory_bytes = own_memory + errand.memory_bytes,
                 .processors = errand.processors}),
       relay_(machine_.take_line(), [this](Say what, std::uint8_t channel, std::string_view payload) {
           take(what, channel, payload);

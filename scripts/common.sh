@@ -15,15 +15,15 @@ show_help() {
     sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"
 }
 
-# Prints the image and the folder of modules, a tab between them, of the newest of Debian's cloud kernels that is
-# complete: installed, or unpacked by scripts/setup. Fails when there is none.
+# Prints the image of the newest of Debian's cloud kernels that has its modules: installed, or unpacked by scripts/setup.
+# Fails when there is none.
 find_cloud_kernel() {
     local root image version
     for root in '' "$kernel_cache"; do
         while read -r image; do
             version=${image##*/vmlinuz-}
-            if [[ -r $image && -d $root/lib/modules/$version/kernel/arch/x86/kvm ]]; then
-                printf '%s\t%s\n' "$image" "$root/lib/modules/$version/kernel"
+            if [[ -r $image && -d $root/lib/modules/$version/kernel/drivers/virtio ]]; then
+                echo "$image"
                 return 0
             fi
         done < <(printf '%s\n' "$root"/boot/vmlinuz-*-cloud-amd64 | sort -rV)
@@ -37,7 +37,7 @@ collect_kernels() {
     local folder=$1 name kernel
     mkdir -p "$folder"
     if kernel=$(find_cloud_kernel); then
-        cp "${kernel%%$'\t'*}" "$folder/vmlinuz" && "$repo/scripts/make-initramfs" "$folder/initramfs"
+        cp "$kernel" "$folder/vmlinuz" && "$repo/scripts/make-initramfs" "$folder/initramfs"
     fi
     for name in gnumach.gz xen.gz invaders; do
         if [[ -r $guests_cache/$name ]]; then cp "$guests_cache/$name" "$folder/$name"; fi

@@ -194,9 +194,11 @@ File EmulatedMachine::share_files(std::vector<std::string>& arguments) {
     File connection = checked(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket");
     if (::getsockname(listener.get(), address, &size) != 0 || ::connect(connection.get(), address, size) != 0)
         cannot(fmt::format("connect: {}", std::strerror(errno)));
+    // What has been read stays in the machine's memory, for programs start often: what somebody changes outside while
+    // it is up, it may not see.
     virtiofsd_ = std::make_unique<Helper>(
         std::vector<std::string>{program, fmt::format("--fd={}", listener.get()), "-o",
-                                 "source=/,cache=auto,sandbox=chroot,log_level=err"},
+                                 "source=/,cache=always,sandbox=chroot,log_level=err"},
         std::vector{listener.get()}, log_);
     arguments.insert(arguments.end(),
                      {"-chardev", fmt::format("socket,id=files,fd={}", connection.get()), "-device",
