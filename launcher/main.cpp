@@ -404,6 +404,11 @@ CLI::App* add_exec(CLI::App& app, ExecOptions& options) {
         ->type_name("N");
     exec->add_flag("--counted", options.counted,
                    "The emulated host's clock counts its instructions, a nanosecond each; it has one processor");
+    exec->footer(R"(Exit codes: the program's, and
+  2    bad usage
+  3    the emulated host went down under the program
+  4    the emulated host could not be started
+  130  interrupted before it was up)");
     return exec;
 }
 

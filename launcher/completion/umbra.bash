@@ -111,6 +111,8 @@ _umbra() {
         _umbra_offer "$current" < <("$umbra" --help 2>/dev/null | sed -n '/^Subcommands:/,$s/^  \([a-z]*\) .*/\1/p')
     elif [[ $subcommand == report ]]; then
         _umbra_files "$current" -d
+    elif [[ $subcommand == exec ]]; then
+        mapfile -t COMPREPLY < <(compgen -c -- "$current")
     elif [[ $subcommand != probe ]]; then
         _umbra_files "$current"
     fi
