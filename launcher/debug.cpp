@@ -120,9 +120,9 @@ int exit_code_of(int code) {
 
 int debug_command(DebugOptions options, const std::function<int(const RunOptions&)>& run_elsewhere) {
     options.run.pause = true;
-    options.run.serial_input = false; // the terminal is gdb's
+    options.run.serial_input = false;                              // the terminal is gdb's
     if (std::getenv(GdbListener::inherited_variable) != nullptr) { // gdb is elsewhere
-        options.run.gdb = "0"; // wherever it is
+        options.run.gdb = "0";                                     // wherever it is
         options.run.debugger_ready = [](const std::string&, const std::function<void()>&) {};
         return exit_code_of(run_command(options.run));
     }

@@ -43,7 +43,8 @@ constexpr const char* inside_variable = "UMBRA_EMULATED_HOST";
 
 // --- This side of what runs there
 
-/// The terminal, raw while this lives: what is typed goes to the terminal inside, which makes of Ctrl-C what it is.
+/// The terminal, raw while this lives: what is typed goes to the terminal inside, which makes of Ctrl-C what
+/// it is.
 class RawTerminal {
   public:
     explicit RawTerminal(bool wanted) {
@@ -113,11 +114,10 @@ sigset_t passed_signals() {
 }
 
 Session::Session(const EmulatedHost& host, const Errand& errand)
-    : host_(host), errand_(errand),
-      machine_({.nested_paging = host.nested_paging,
-                .counted = errand.counted,
-                .memory_bytes = own_memory + errand.memory_bytes,
-                .processors = errand.processors}),
+    : host_(host), errand_(errand), machine_({.nested_paging = host.nested_paging,
+                                              .counted = errand.counted,
+                                              .memory_bytes = own_memory + errand.memory_bytes,
+                                              .processors = errand.processors}),
       relay_(machine_.take_line(), [this](Say what, std::uint8_t channel, std::string_view payload) {
           take(what, channel, payload);
       }) {

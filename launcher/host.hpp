@@ -17,9 +17,9 @@ struct EmulatedHost {
     std::string because;       ///< why, if the user did not ask for it
 };
 
-/// What umbra is to run guests on; nothing: itself, on this computer's KVM or on the emulated host that it is on.
-/// `choice`: auto, kvm, emulated, emulated:A, emulated:B, or empty: what the environment says. StartupError(bad_usage)
-/// if it is none of them.
+/// What umbra is to run guests on; nothing: itself, on this computer's KVM or on the emulated host that it is
+/// on. `choice`: auto, kvm, emulated, emulated:A, emulated:B, or empty: what the environment says.
+/// StartupError(bad_usage) if it is none of them.
 [[nodiscard]] std::optional<EmulatedHost> choose_host(const std::string& choice);
 
 /// What an emulated host is started for.
@@ -29,17 +29,17 @@ struct Errand {
     std::uint64_t memory_bytes = 0;   ///< what it needs, beside the machine's own
     unsigned processors = 1;
     bool counted = false; ///< see emulated::MachineConfig
-    /// Where debuggers connect (GdbAddress::parse); empty: nowhere. The command takes them from the descriptor that
-    /// its environment names: inherited_listener().
+    /// Where debuggers connect (GdbAddress::parse); empty: nowhere. The command takes them from the
+    /// descriptor that its environment names: inherited_listener().
     std::string debuggers{};
     /// Called when they can; `end` interrupts the command.
     std::function<void(const std::string& address, std::function<void()> end)> debugger_ready{};
 };
 
-/// Runs the command there as it would run here: in this folder, with these files, this environment, standard input,
-/// output and error; signals are passed on. A line on standard error says why, unless the user asked for it. Returns
-/// the command's exit code, or 128 + n if signal n ended it; ExitCode::guest_panicked, and a message, if the machine
-/// went down under it. StartupError if it did not come up.
+/// Runs the command there as it would run here: in this folder, with these files, this environment, standard
+/// input, output and error; signals are passed on. A line on standard error says why, unless the user asked
+/// for it. Returns the command's exit code, or 128 + n if signal n ended it; ExitCode::guest_panicked, and a
+/// message, if the machine went down under it. StartupError if it did not come up.
 [[nodiscard]] int run_on_emulated_host(const EmulatedHost& host, const Errand& errand);
 
 } // namespace umbra

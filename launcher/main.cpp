@@ -378,7 +378,8 @@ CLI::App* add_test(CLI::App& app, TestOptions& options) {
 void add_host_option(CLI::App* command, std::string& host) {
     command
         ->add_option("--host", host,
-                     "Where: kvm, this computer's; emulated, in a machine in QEMU's emulation that has KVM, kind A or, "
+                     "Where: kvm, this computer's; emulated, in a machine in QEMU's emulation that has KVM, "
+                     "kind A or, "
                      "emulated:B, without nested paging; auto: as there is KVM or not [$UMBRA_HOST, or auto]")
         ->type_name("HOST");
 }
@@ -399,11 +400,13 @@ CLI::App* add_exec(CLI::App& app, ExecOptions& options) {
     exec->add_option("-m,--memory", options.memory, "Memory of the emulated host for it")
         ->capture_default_str()
         ->type_name("SIZE");
-    exec->add_option("--processors", options.processors, "Processors of the emulated host [as many as there are]")
+    exec->add_option("--processors", options.processors,
+                     "Processors of the emulated host [as many as there are]")
         ->check(CLI::Range(1U, most_processors).description(""))
         ->type_name("N");
-    exec->add_flag("--counted", options.counted,
-                   "The emulated host's clock counts its instructions, a nanosecond each; it has one processor");
+    exec->add_flag(
+        "--counted", options.counted,
+        "The emulated host's clock counts its instructions, a nanosecond each; it has one processor");
     exec->footer(R"(Exit codes: the program's, and
   2    bad usage
   3    the emulated host went down under the program
@@ -426,7 +429,8 @@ std::vector<std::string> this_command(int argc, char** argv) {
     return command;
 }
 
-/// What a run takes at most: shadow tables, and what KVM and umbra keep for each page, beside the guest's own.
+/// What a run takes at most: shadow tables, and what KVM and umbra keep for each page, beside the guest's
+/// own.
 std::uint64_t guest_memory(const RunOptions& options) {
     const std::uint64_t memory = umbra::parse_memory_size(options.memory);
     return memory + memory / 8;
@@ -444,16 +448,16 @@ int run_program(const std::optional<umbra::EmulatedHost>& host, ExecOptions opti
             arguments.push_back(argument.data());
         arguments.push_back(nullptr);
         ::execvp(arguments.front(), arguments.data());
-        throw umbra::StartupError(ExitCode::bad_usage, fmt::format("cannot run '{}': {}", options.command.front(),
-                                                                   std::strerror(errno)));
+        throw umbra::StartupError(
+            ExitCode::bad_usage,
+            fmt::format("cannot run '{}': {}", options.command.front(), std::strerror(errno)));
     }
-    return umbra::run_on_emulated_host(
-        *host, {.command = std::move(options.command),
-                .memory_bytes = umbra::parse_memory_size(options.memory),
-                .processors = options.counted             ? 1
-                              : options.processors != 0 ? options.processors
-                                                        : processors_here(),
-                .counted = options.counted});
+    return umbra::run_on_emulated_host(*host, {.command = std::move(options.command),
+                                               .memory_bytes = umbra::parse_memory_size(options.memory),
+                                               .processors = options.counted           ? 1
+                                                             : options.processors != 0 ? options.processors
+                                                                                       : processors_here(),
+                                               .counted = options.counted});
 }
 
 /// Everything that may throw.
@@ -489,9 +493,8 @@ int launch(int argc, char** argv) {
     ExecOptions exec_options;
     const CLI::App* exec = add_exec(app, exec_options);
     std::string host_choice;
-    for (CLI::App* const command : app.get_subcommands([](const CLI::App* one) {
-             return one->get_name() != "inspect" && one->get_name() != "report";
-         }))
+    for (CLI::App* const command : app.get_subcommands(
+             [](const CLI::App* one) { return one->get_name() != "inspect" && one->get_name() != "report"; }))
         add_host_option(command, host_choice);
     std::string inspected;
     inspect->add_option("kernel", inspected, "The file")->required()->type_name("KERNEL");

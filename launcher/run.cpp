@@ -499,10 +499,7 @@ Ending run_once(Session& session) {
         options.timeout ? std::optional(std::chrono::duration<double>(*options.timeout)) : std::nullopt;
     const auto start = std::chrono::steady_clock::now();
     Verdict verdict = checks.judge([&] {
-        const Attendant attendant(
-            session.control,
-            {.timeout = timeout,
-             .input = reads_input(options)});
+        const Attendant attendant(session.control, {.timeout = timeout, .input = reads_input(options)});
         std::optional<TextDisplay> display;
         if (options.display)
             display.emplace(STDOUT_FILENO, screen);

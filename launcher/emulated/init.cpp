@@ -1,7 +1,7 @@
-// The first program of the emulated machine (PID 1): loads the modules that are packed with it, mounts the files of
-// whoever started umbra, runs the one command that it is told to, and carries bytes and signals between that command
-// and umbra outside. Static, and the only file of the machine's own beside the kernel's modules: everything else, umbra
-// itself included, is shared.
+// The first program of the emulated machine (PID 1): loads the modules that are packed with it, mounts the
+// files of whoever started umbra, runs the one command that it is told to, and carries bytes and signals
+// between that command and umbra outside. Static, and the only file of the machine's own beside the kernel's
+// modules: everything else, umbra itself included, is shared.
 //
 // What goes wrong before the line is up can only be told on the console; umbra shows its end.
 
@@ -62,7 +62,8 @@ std::string contents(const char* path) {
     return text;
 }
 
-bool mount(const char* type, const std::string& where, const char* source = "none", const char* options = "") {
+bool mount(const char* type, const std::string& where, const char* source = "none",
+           const char* options = "") {
     return ::mount(source, where.c_str(), type, 0, options) == 0;
 }
 
@@ -112,8 +113,9 @@ std::string mount_files() {
         (void)::mkdir((root + folder).c_str(), 0755);
     if (!mount("devpts", root + "/dev/pts", "none", "ptmxmode=0666") || !mount("tmpfs", root + "/dev/shm"))
         return problem("its /dev/pts and /dev/shm cannot be mounted");
-    for (const auto& [name, target] : {std::pair("/dev/fd", "/proc/self/fd"), std::pair("/dev/stdin", "/proc/self/fd/0"),
-                                       std::pair("/dev/stdout", "/proc/self/fd/1"), std::pair("/dev/stderr", "/proc/self/fd/2")})
+    for (const auto& [name, target] :
+         {std::pair("/dev/fd", "/proc/self/fd"), std::pair("/dev/stdin", "/proc/self/fd/0"),
+          std::pair("/dev/stdout", "/proc/self/fd/1"), std::pair("/dev/stderr", "/proc/self/fd/2")})
         (void)::symlink(target, (root + name).c_str());
     return {};
 }
@@ -149,7 +151,8 @@ File again(const File& file) {
 /// What is to be run: the strings of Say::start, in this order.
 struct Command {
     std::string folder;
-    std::string terminals; ///< a character for each of standard input, output and error: t, a terminal; p, a pipe; -, nothing
+    std::string terminals; ///< a character for each of standard input, output and error: t, a terminal; p, a
+                           ///< pipe; -, nothing
     std::string debugger;  ///< the address at which debuggers are served outside; empty: nowhere
     std::vector<std::string> arguments, environment;
 
@@ -169,8 +172,9 @@ struct Command {
 class Init {
   public:
     explicit Init(File line)
-        : relay_(std::move(line),
-                 [this](Say what, std::uint8_t channel, std::string_view payload) { take(what, channel, payload); }) {
+        : relay_(std::move(line), [this](Say what, std::uint8_t channel, std::string_view payload) {
+              take(what, channel, payload);
+          }) {
         sigset_t set;
         sigemptyset(&set);
         sigaddset(&set, SIGCHLD);
@@ -184,8 +188,8 @@ class Init {
             relay_.say(Say::hello);
         else
             relay_.say(Say::failed, 0, failure);
-        // What the command has written may still be on its way through its terminal, and processes that it has left
-        // behind may hold its files open.
+        // What the command has written may still be on its way through its terminal, and processes that it
+        // has left behind may hold its files open.
         constexpr int turn_ms = 20, quiet_turns = 2;
         int quiet = 0;
         while (relay_.turn(code_ < 0 || told_ ? -1 : turn_ms)) {
@@ -270,7 +274,8 @@ class Init {
         Pair ready;
         if (!command.debugger.empty()) {
             listener = File(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-            (void)::bind(listener.get(), reinterpret_cast<const sockaddr*>(&debugger_name), sizeof debugger_name);
+            (void)::bind(listener.get(), reinterpret_cast<const sockaddr*>(&debugger_name),
+                         sizeof debugger_name);
             ready = make_pipe(true);
         }
         child_ = ::fork();
@@ -285,10 +290,12 @@ class Init {
     }
 
     bool open_terminal(const Command& command) {
-        terminal_ = File(::open((std::string(shared) + "/dev/pts/ptmx").c_str(), O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK));
+        terminal_ = File(::open((std::string(shared) + "/dev/pts/ptmx").c_str(),
+                                O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK));
         int number = 0;
         int unlock = 0;
-        if (::ioctl(terminal_.get(), TIOCSPTLCK, &unlock) != 0 || ::ioctl(terminal_.get(), TIOCGPTN, &number) != 0)
+        if (::ioctl(terminal_.get(), TIOCSPTLCK, &unlock) != 0 ||
+            ::ioctl(terminal_.get(), TIOCGPTN, &number) != 0)
             return false;
         terminal_name_ = std::string(shared) + "/dev/pts/" + std::to_string(number);
         termios attributes{};
@@ -300,8 +307,8 @@ class Init {
     }
 
     /// In the child.
-    [[noreturn]] static void run(const Command& command, const std::array<File, 3>& files, const File& listener,
-                                 const File& ready) {
+    [[noreturn]] static void run(const Command& command, const std::array<File, 3>& files,
+                                 const File& listener, const File& ready) {
         (void)::setsid();
         for (int i = 0; i < 3; ++i)
             (void)::dup2(files[static_cast<std::size_t>(i)].get(), i);
@@ -347,7 +354,8 @@ class Init {
 
     void connect(std::uint8_t channel) {
         File socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-        if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&debugger_name), sizeof debugger_name) != 0) {
+        if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&debugger_name),
+                      sizeof debugger_name) != 0) {
             relay_.say(Say::end, channel);
             return;
         }

@@ -70,8 +70,8 @@ class Modules {
         return files_.contains(name) || builtin_.contains(name);
     }
 
-    /// Adds the module and, before it, what it depends on. Those that are built in, or unknown, are left out: whether
-    /// the kernel misses them it says itself.
+    /// Adds the module and, before it, what it depends on. Those that are built in, or unknown, are left out:
+    /// whether the kernel misses them it says itself.
     void add(const std::string& name, const std::string& parameters, std::vector<HostKernel::Module>& list) {
         const auto found = files_.find(name);
         if (found == files_.end() || !added_.insert(name).second)
@@ -128,11 +128,10 @@ std::vector<Candidate> candidates() {
         for (fs::directory_iterator entry(root / "lib/modules", error), end; !error && entry != end;
              entry.increment(error)) {
             const std::string version = entry->path().filename();
-            for (const fs::path& image :
-                 {root / "boot" / ("vmlinuz-" + version), entry->path() / "vmlinuz"})
+            for (const fs::path& image : {root / "boot" / ("vmlinuz-" + version), entry->path() / "vmlinuz"})
                 if (::access(image.c_str(), R_OK) == 0) {
-                    found.push_back({image, entry->path(), version,
-                                     version.find("cloud") != std::string::npos});
+                    found.push_back(
+                        {image, entry->path(), version, version.find("cloud") != std::string::npos});
                     break;
                 }
         }
@@ -172,8 +171,9 @@ std::string choose(const Candidate& kernel, const std::string& kvm_parameters, H
 class Archive {
   public:
     void add(const std::string& name, unsigned mode, std::string_view contents) {
-        bytes_ += fmt::format("070701{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}",
-                              ++inode_, mode, 0, 0, 1, 0, contents.size(), 0, 0, 0, 0, name.size() + 1, 0);
+        bytes_ += fmt::format(
+            "070701{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}{:08X}", ++inode_,
+            mode, 0, 0, 1, 0, contents.size(), 0, 0, 0, 0, name.size() + 1, 0);
         bytes_ += name;
         bytes_ += '\0';
         align();
@@ -194,20 +194,19 @@ class Archive {
 
 } // namespace
 
-HostKernel find_host_kernel(const std::string& kvm_parameters) {
-    constexpr const char* advice = "apt-get install linux-image-cloud-amd64";
-    const std::vector<Candidate> kernels = candidates();
+std::string find_host_kernel(const std::string& kvm_parameters, std::optional<HostKernel>& kernel) {
     std::string lacking;
-    for (const Candidate& kernel : kernels) {
+    for (const Candidate& candidate : candidates()) {
         HostKernel chosen;
-        const std::string lacks = choose(kernel, kvm_parameters, chosen);
-        if (lacks.empty())
-            return chosen;
-        lacking += fmt::format("{}{} lacks {}", lacking.empty() ? "" : ", ", kernel.image.native(), lacks);
+        const std::string lacks = choose(candidate, kvm_parameters, chosen);
+        if (lacks.empty()) {
+            kernel = std::move(chosen);
+            return {};
+        }
+        lacking +=
+            fmt::format("{}{} lacks {}", lacking.empty() ? " (" : ", ", candidate.image.native(), lacks);
     }
-    throw StartupError(ExitCode::host_cannot,
-                       fmt::format("the emulated host has no Linux kernel to run: {}; {}",
-                                   lacking.empty() ? "none is installed" : lacking, advice));
+    return "a Linux kernel with kvm_amd" + (lacking.empty() ? lacking : lacking + ")");
 }
 
 File make_initramfs(const HostKernel& kernel) {
@@ -216,9 +215,10 @@ File make_initramfs(const HostKernel& kernel) {
     archive.add("dev", folder, {});
     archive.add("modules", folder, {});
     archive.add("init", program, init_image());
-    archive.add("share", file, kernel.sharing == Sharing::virtiofs
-                                   ? "virtiofs "
-                                   : "9p trans=virtio,version=9p2000.L,msize=524288,cache=mmap,access=any");
+    archive.add("share", file,
+                kernel.sharing == Sharing::virtiofs
+                    ? "virtiofs "
+                    : "9p trans=virtio,version=9p2000.L,msize=524288,cache=mmap,access=any");
     std::string list;
     for (const HostKernel::Module& module : kernel.modules) {
         const std::string name = "modules/" + module_name(module.file) + ".ko";

@@ -4,6 +4,7 @@
 #include "vmm/kvm/file.hpp"
 
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,9 +27,11 @@ struct HostKernel {
     std::vector<Module> modules; ///< in the order in which they can be loaded
 };
 
-/// The newest that is installed, or that scripts/setup has unpacked; Debian's cloud kernels, which start faster, go
-/// before all others. `kvm_parameters`: of the module kvm_amd. StartupError(host_cannot) says what to install.
-[[nodiscard]] HostKernel find_host_kernel(const std::string& kvm_parameters);
+/// The newest that is installed, or that scripts/setup has unpacked; Debian's cloud kernels, which start
+/// faster, go before all others. If there is none, returns what is needed and why those that are there will
+/// not do. `kvm_parameters`: of the module kvm_amd.
+[[nodiscard]] std::string find_host_kernel(const std::string& kvm_parameters,
+                                           std::optional<HostKernel>& kernel);
 
 /// The RAM disk: `init` as /init, the modules unpacked, and what init.cpp reads. In memory, and nowhere else.
 [[nodiscard]] File make_initramfs(const HostKernel& kernel);

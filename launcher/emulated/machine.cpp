@@ -19,6 +19,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <utility>
 
@@ -134,34 +135,86 @@ std::string Helper::end() const {
 
 // --- EmulatedMachine
 
+namespace {
+
+/// What the machine is made of; StartupError names all that is missing.
+struct Parts {
+    std::string qemu = find_program("qemu-system-x86_64", {});
+    std::optional<HostKernel> kernel;
+
+    explicit Parts(bool nested_paging) {
+        std::string missing, packages;
+        const auto lacks = [&](const std::string& what, const char* package) {
+            missing += (missing.empty() ? "" : " and ") + what;
+            packages += std::string(" ") + package;
+        };
+        if (qemu.empty())
+            lacks("QEMU", "qemu-system-x86");
+        if (const std::string kernel_lacks = find_host_kernel(nested_paging ? "npt=1" : "npt=0", kernel);
+            !kernel)
+            lacks(kernel_lacks, "linux-image-cloud-amd64");
+        if (!missing.empty())
+            cannot(fmt::format("the emulated host needs {}: apt-get install{}", missing, packages));
+    }
+};
+
+} // namespace
+
 EmulatedMachine::EmulatedMachine(const MachineConfig& config)
-    : kernel_(find_host_kernel(config.nested_paging ? "npt=1" : "npt=0")),
-      log_(checked(::memfd_create("log", MFD_CLOEXEC), "memfd_create")), initramfs_(make_initramfs(kernel_)) {
-    const std::string qemu = find_program("qemu-system-x86_64", {});
-    if (qemu.empty())
-        cannot("the emulated host needs QEMU: apt-get install qemu-system-x86");
+    : log_(checked(::memfd_create("log", MFD_CLOEXEC), "memfd_create")) {
+    Parts parts(config.nested_paging);
+    const std::string& qemu = parts.qemu;
+    kernel_ = std::move(*parts.kernel);
+    initramfs_ = make_initramfs(kernel_);
     (void)::fcntl(log_.get(), F_SETFL, O_APPEND);
     Ends line = make_socket_pair();
     line_ = std::move(line.ours);
     std::vector<int> passed{line.theirs.get(), initramfs_.get(), log_.get()};
     const auto descriptor = [](const File& file) { return fmt::format("/proc/self/fd/{}", file.get()); };
 
-    // What saves boot time: no self-tests of the kernel's ciphers, no device that is not needed, no mitigations (which
-    // cost each exit of the nested guest even more). An oops ends the machine instead of leaving umbra waiting.
-    std::string words = "console=ttyS0 quiet loglevel=4 mitigations=off cryptomgr.notests panic=-1 oops=panic";
+    // What saves boot time: no self-tests of the kernel's ciphers, no device that is not needed, no
+    // mitigations (which cost each exit of the nested guest even more). An oops ends the machine instead of
+    // leaving umbra waiting.
+    std::string words =
+        "console=ttyS0 quiet loglevel=4 mitigations=off cryptomgr.notests panic=-1 oops=panic";
     if (config.counted)
         words += " nokaslr norandmaps"; // or no two runs would count alike
     const std::uint64_t megabytes = config.memory_bytes >> 20;
     std::vector<std::string> arguments{
-        qemu, "-accel", "tcg", "-cpu", "max", "-smp",
-        std::to_string(config.processors), "-m", fmt::format("{}M", megabytes), "-object",
-        fmt::format("memory-backend-memfd,id=memory,size={}M,share=on", megabytes), "-machine",
-        "pc,memory-backend=memory", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-kernel",
-        kernel_.image, "-initrd", descriptor(initramfs_), "-append", words,
-        "-chardev", fmt::format("file,id=log,append=on,path={}", descriptor(log_)), "-serial", "chardev:log",
-        "-device", "virtio-serial-pci,max_ports=2",
-        "-chardev", fmt::format("socket,id=line,fd={}", line.theirs.get()),
-        "-device", "virtserialport,chardev=line,nr=1"};
+        qemu,
+        "-accel",
+        "tcg",
+        "-cpu",
+        "max",
+        "-smp",
+        std::to_string(config.processors),
+        "-m",
+        fmt::format("{}M", megabytes),
+        "-object",
+        fmt::format("memory-backend-memfd,id=memory,size={}M,share=on", megabytes),
+        "-machine",
+        "pc,memory-backend=memory",
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-kernel",
+        kernel_.image,
+        "-initrd",
+        descriptor(initramfs_),
+        "-append",
+        words,
+        "-chardev",
+        fmt::format("file,id=log,append=on,path={}", descriptor(log_)),
+        "-serial",
+        "chardev:log",
+        "-device",
+        "virtio-serial-pci,max_ports=2",
+        "-chardev",
+        fmt::format("socket,id=line,fd={}", line.theirs.get()),
+        "-device",
+        "virtserialport,chardev=line,nr=1"};
     if (config.counted)
         arguments.insert(arguments.end(), {"-icount", "shift=0,sleep=off"});
     const File files = share_files(arguments);
@@ -170,13 +223,13 @@ EmulatedMachine::EmulatedMachine(const MachineConfig& config)
     qemu_ = std::make_unique<Helper>(arguments, passed, log_);
 }
 
-/// The whole file system of this computer, as this user may use it: what QEMU needs for it, and the socket it talks to
-/// virtiofsd on.
+/// The whole file system of this computer, as this user may use it: what QEMU needs for it, and the socket it
+/// talks to virtiofsd on.
 File EmulatedMachine::share_files(std::vector<std::string>& arguments) {
     if (kernel_.sharing == Sharing::plan9) {
         arguments.insert(arguments.end(),
-                         {"-fsdev", "local,id=files,path=/,security_model=passthrough,multidevs=remap", "-device",
-                          "virtio-9p-pci,fsdev=files,mount_tag=umbra"});
+                         {"-fsdev", "local,id=files,path=/,security_model=passthrough,multidevs=remap",
+                          "-device", "virtio-9p-pci,fsdev=files,mount_tag=umbra"});
         return {};
     }
     const std::string program = find_program("virtiofsd", {"/usr/lib/qemu", "/usr/libexec"});
@@ -194,15 +247,14 @@ File EmulatedMachine::share_files(std::vector<std::string>& arguments) {
     File connection = checked(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), "socket");
     if (::getsockname(listener.get(), address, &size) != 0 || ::connect(connection.get(), address, size) != 0)
         cannot(fmt::format("connect: {}", std::strerror(errno)));
-    // What has been read stays in the machine's memory, for programs start often: what somebody changes outside while
-    // it is up, it may not see.
+    // What has been read stays in the machine's memory, for programs start often: what somebody changes
+    // outside while it is up, it may not see.
     virtiofsd_ = std::make_unique<Helper>(
         std::vector<std::string>{program, fmt::format("--fd={}", listener.get()), "-o",
                                  "source=/,cache=always,sandbox=chroot,log_level=err"},
         std::vector{listener.get()}, log_);
-    arguments.insert(arguments.end(),
-                     {"-chardev", fmt::format("socket,id=files,fd={}", connection.get()), "-device",
-                      "vhost-user-fs-pci,chardev=files,tag=umbra"});
+    arguments.insert(arguments.end(), {"-chardev", fmt::format("socket,id=files,fd={}", connection.get()),
+                                       "-device", "vhost-user-fs-pci,chardev=files,tag=umbra"});
     return connection;
 }
 
@@ -216,8 +268,8 @@ std::string EmulatedMachine::obituary() const {
     constexpr std::size_t most = 2000;
     std::array<char, most> buffer{};
     const off_t size = ::lseek(log_.get(), 0, SEEK_END);
-    const ssize_t count =
-        ::pread(log_.get(), buffer.data(), buffer.size(), std::max<off_t>(0, size - static_cast<off_t>(most)));
+    const ssize_t count = ::pread(log_.get(), buffer.data(), buffer.size(),
+                                  std::max<off_t>(0, size - static_cast<off_t>(most)));
     std::string said(buffer.data(), static_cast<std::size_t>(std::max<ssize_t>(0, count)));
     std::erase(said, '\r');
     while (said.ends_with('\n'))

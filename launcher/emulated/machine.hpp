@@ -14,12 +14,12 @@
 
 namespace umbra::emulated {
 
-/// A program that this process has started for itself. It ends with this object, or with the thread that made it, if
-/// not before: also if that is killed.
+/// A program that this process has started for itself. It ends with this object, or with the thread that made
+/// it, if not before: also if that is killed.
 class Helper {
   public:
-    /// Its standard input is empty; what it prints goes to `log`. The descriptors of `passed` stay open in it.
-    /// StartupError(host_cannot) if it cannot be started.
+    /// Its standard input is empty; what it prints goes to `log`. The descriptors of `passed` stay open in
+    /// it. StartupError(host_cannot) if it cannot be started.
     Helper(const std::vector<std::string>& command, const std::vector<int>& passed, const File& log);
     Helper(const Helper&) = delete;
     Helper& operator=(const Helper&) = delete;

@@ -212,7 +212,8 @@ void Relay::forget(int fd) {
 
 bool Relay::turn(int milliseconds) {
     std::vector<pollfd> polled;
-    polled.push_back({closed_ ? -1 : line_.get(), static_cast<short>(outgoing_.empty() ? POLLIN : POLLIN | POLLOUT), 0});
+    polled.push_back(
+        {closed_ ? -1 : line_.get(), static_cast<short>(outgoing_.empty() ? POLLIN : POLLIN | POLLOUT), 0});
     for (const Watched& one : watched_)
         polled.push_back({one.fd, POLLIN, 0});
     struct Source {

@@ -1,6 +1,6 @@
-// The line between umbra and the machine that it started for itself: one stream of bytes each way (a virtio serial
-// port), on which there are several channels, as in SSH's connection protocol (RFC 4254, section 5). Both ends are
-// this code: umbra, and the first program of the machine (init.cpp).
+// The line between umbra and the machine that it started for itself: one stream of bytes each way (a virtio
+// serial port), on which there are several channels, as in SSH's connection protocol (RFC 4254, section 5).
+// Both ends are this code: umbra, and the first program of the machine (init.cpp).
 //
 // It needs nothing but the C++ library, for it is linked into a small static program too.
 #pragma once
@@ -20,13 +20,13 @@ namespace umbra::emulated {
 
 /// What a frame says. Frames up to `started` go one way each; the rest concern a channel and go both ways.
 enum class Say : std::uint8_t {
-    hello,  ///< machine: it is up, and has KVM. Empty
-    failed, ///< machine: it cannot do what it is for; the text says why. The last that it says
-    start,  ///< umbra: pack()ed: what is to be run
-    signal, ///< umbra: one byte, a signal for what runs
-    window, ///< umbra: rows and columns of the terminal, two bytes each, low byte first
-    serves, ///< machine: what runs takes debuggers now. Empty
-    ended,  ///< machine: a byte: exit code, or 128 + the signal that ended it. The last that it says
+    hello,   ///< machine: it is up, and has KVM. Empty
+    failed,  ///< machine: it cannot do what it is for; the text says why. The last that it says
+    start,   ///< umbra: pack()ed: what is to be run
+    signal,  ///< umbra: one byte, a signal for what runs
+    window,  ///< umbra: rows and columns of the terminal, two bytes each, low byte first
+    serves,  ///< machine: what runs takes debuggers now. Empty
+    ended,   ///< machine: a byte: exit code, or 128 + the signal that ended it. The last that it says
     stopped, ///< machine: what runs was stopped by the terminal (Ctrl-Z). Empty
     open,    ///< umbra: a debugger has come; the channel is new
     data,
@@ -43,8 +43,8 @@ enum : std::uint8_t { input_channel, output_channel, error_channel, first_debugg
 /// The reverse; what has no zero byte behind it is left out.
 [[nodiscard]] std::vector<std::string> unpack(std::string_view text);
 
-/// One end of the line. Nothing waits but poll(): a channel whose reader is slow holds up its own sender and nobody
-/// else, for each has a window of bytes that may be on their way.
+/// One end of the line. Nothing waits but poll(): a channel whose reader is slow holds up its own sender and
+/// nobody else, for each has a window of bytes that may be on their way.
 class Relay {
   public:
     /// What the other side says that is not about bytes of a channel.
@@ -53,15 +53,18 @@ class Relay {
     /// `line` is made non-blocking.
     Relay(File line, Handler handler);
 
-    /// Joins two files of this side to a channel: what `from` gives is sent, what comes is written to `to`. Either may
-    /// be absent; what then comes is dropped. Files that others share stay as they are, blocking or not.
+    /// Joins two files of this side to a channel: what `from` gives is sent, what comes is written to `to`.
+    /// Either may be absent; what then comes is dropped. Files that others share stay as they are, blocking
+    /// or not.
     void join(std::uint8_t channel, File from, File to);
     /// A socket for both ways, which lives until either side closes it.
     void join(std::uint8_t channel, File socket);
     /// Whether `from` is at its end, or absent.
     [[nodiscard]] bool ended(std::uint8_t channel) const { return channels_[channel].from.get() < 0; }
     /// Whether `from` had nothing to read, or has ended.
-    [[nodiscard]] bool drained(std::uint8_t channel) const { return ended(channel) || channels_[channel].idle; }
+    [[nodiscard]] bool drained(std::uint8_t channel) const {
+        return ended(channel) || channels_[channel].idle;
+    }
     /// Whether all that came has been written to `to`.
     [[nodiscard]] bool written(std::uint8_t channel) const { return channels_[channel].unwritten.empty(); }
 
@@ -72,7 +75,8 @@ class Relay {
     /// No more; to be called before the file is closed.
     void forget(int fd);
 
-    /// Waits, `milliseconds` at most (-1: for ever), and does what there is to do. False once the line is closed.
+    /// Waits, `milliseconds` at most (-1: for ever), and does what there is to do. False once the line is
+    /// closed.
     [[nodiscard]] bool turn(int milliseconds);
 
     /// Whether all that was said has been handed to the line.
@@ -83,12 +87,12 @@ class Relay {
 
     struct Channel {
         File from, to;
-        bool socket = false;     ///< the two are one
-        bool idle = false;       ///< `from` had nothing to read when it was last looked at
-        bool peer_ended = false; ///< close `to` when all has been written
-        std::string unwritten;   ///< has come, and `to` has not taken it
+        bool socket = false;           ///< the two are one
+        bool idle = false;             ///< `from` had nothing to read when it was last looked at
+        bool peer_ended = false;       ///< close `to` when all has been written
+        std::string unwritten;         ///< has come, and `to` has not taken it
         std::size_t may_send = window; ///< bytes of the other side's window that are free
-        std::uint32_t unreturned = 0; ///< bytes taken by `to` for which no credit has been given back
+        std::uint32_t unreturned = 0;  ///< bytes taken by `to` for which no credit has been given back
     };
     struct Watched {
         int fd;

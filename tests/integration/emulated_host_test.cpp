@@ -1,5 +1,6 @@
-// umbra on an emulated host: what goes in and comes out, and what is left when something is killed. On any computer,
-// with KVM or without; but not on an emulated host, whose emulation of a second one would take minutes.
+// umbra on an emulated host: what goes in and comes out, and what is left when something is killed. On any
+// computer, with KVM or without; but not on an emulated host, whose emulation of a second one would take
+// minutes.
 #include "tests/integration/child.hpp"
 #include "tests/integration/files.hpp"
 #include "tests/integration/host.hpp"
@@ -66,14 +67,16 @@ TEST_F(EmulatedHostTest, FilesAreThisComputersOwn) {
     const std::string kernel = folder.file("a kernel"), result = folder.file("a result"),
                       trace = folder.file("a trace"), core = folder.file("a core");
     std::filesystem::copy_file(guest_file("fail"), kernel);
-    const Ended ended = run_umbra({"run", "--result", result, "--trace", trace, "--core-on-failure", core, kernel});
+    const Ended ended =
+        run_umbra({"run", "--result", result, "--trace", trace, "--core-on-failure", core, kernel});
     EXPECT_EQ(ended.exit_code, 1) << ended;
     const auto json = nlohmann::json::parse(contents_of(result), nullptr, false);
     EXPECT_EQ(json.value("code", 0), 7) << contents_of(result);
     EXPECT_THAT(contents_of(trace), HasSubstr("port_write"));
     EXPECT_EQ(contents_of(core).substr(1, 3), "ELF");
 
-    std::filesystem::permissions(folder.file(""), std::filesystem::perms::owner_read | std::filesystem::perms::owner_exec);
+    std::filesystem::permissions(folder.file(""),
+                                 std::filesystem::perms::owner_read | std::filesystem::perms::owner_exec);
     const Ended missing = run_umbra({"run", folder.file("no such kernel")});
     EXPECT_EQ(missing.exit_code, 2) << missing;
     std::filesystem::permissions(folder.file(""), std::filesystem::perms::owner_all);
@@ -107,27 +110,29 @@ TEST_F(EmulatedHostTest, SignalsAndTimeLimitsEndIt) {
 }
 
 TEST_F(EmulatedHostTest, GdbConnectsFromOutside) {
-    Child child(umbra_command({"run", "--gdb", "0", "--pause", guest_file("debug")}), {.unread = false});
-    std::string said;
-    const TemporaryFolder folder;
-    const Ended gdb = [&] {
-        Child debug({"/bin/sh", "-c",
-                     build_folder().string() + "/umbra debug --command 'break work' --command continue --command bt "
-                                               "--command kill --command quit " +
-                         guest_file("debug")});
-        return debug.end();
-    }();
-    EXPECT_THAT(gdb.out, HasSubstr("Breakpoint 1, work (round=round@entry=0)")) << gdb;
-    EXPECT_EQ(gdb.exit_code, 0) << gdb;
-    child.send_signal(SIGTERM); // it waits for a debugger
-    EXPECT_THAT(child.end().err, HasSubstr("target remote 127.0.0.1:")) << child.end();
+    const std::string umbra = (build_folder() / "umbra").string(), kernel = guest_file("debug");
+    Child child({"/bin/sh", "-c", umbra + " run --gdb 0 --pause " + kernel + " 2>&1"});
+    ASSERT_TRUE(child.wait_for("target remote 127.0.0.1:")) << child.end();
+    ASSERT_TRUE(child.wait_for("'\n")) << child.end();
+    const std::string address = child.output().substr(child.output().find("127.0.0.1:"));
+    Child gdb({"/usr/bin/gdb", "-q", "-batch", "-ex",
+               "target remote " + address.substr(0, address.find('\'')), "-ex", "break work", "-ex",
+               "continue", "-ex", "kill", kernel});
+    EXPECT_THAT(gdb.end().out, HasSubstr("Breakpoint 1, work (round=round@entry=0)")) << gdb.end();
+    EXPECT_EQ(child.end().exit_code, 130) << child.end();
+
+    const Ended debugged = run_umbra({"debug", "--command", "break work", "--command", "continue",
+                                      "--command", "kill", "--command", "quit", kernel});
+    EXPECT_THAT(debugged.out, HasSubstr("Breakpoint 1, work (round=round@entry=0)")) << debugged;
+    EXPECT_EQ(debugged.exit_code, 0) << debugged;
 }
 
 TEST_F(EmulatedHostTest, ThatGoesDownIsNoPass) {
     const TemporaryFolder folder;
     const std::string pid_file = folder.file("pid");
-    Child child({"/bin/sh", "-c", "echo $$ >" + pid_file + "; exec " + (build_folder() / "umbra").string() + " run " +
-                                      guest_file("spin") + " counting"});
+    Child child({"/bin/sh", "-c",
+                 "echo $$ >" + pid_file + "; exec " + (build_folder() / "umbra").string() + " run " +
+                     guest_file("spin") + " counting"});
     ASSERT_TRUE(child.wait_for("spin: going round")) << child.end();
     for (const pid_t helper : children_of(static_cast<pid_t>(std::stol(contents_of(pid_file)))))
         if (name_of(helper).starts_with("qemu"))
@@ -139,8 +144,9 @@ TEST_F(EmulatedHostTest, ThatGoesDownIsNoPass) {
 TEST_F(EmulatedHostTest, DoesNotOutliveUmbra) {
     const TemporaryFolder folder;
     const std::string pid_file = folder.file("pid");
-    Child child({"/bin/sh", "-c", "echo $$ >" + pid_file + "; exec " + (build_folder() / "umbra").string() + " run " +
-                                      guest_file("spin") + " counting"});
+    Child child({"/bin/sh", "-c",
+                 "echo $$ >" + pid_file + "; exec " + (build_folder() / "umbra").string() + " run " +
+                     guest_file("spin") + " counting"});
     ASSERT_TRUE(child.wait_for("spin: going round")) << child.end();
     const std::vector<pid_t> helpers = children_of(static_cast<pid_t>(std::stol(contents_of(pid_file))));
     EXPECT_GE(helpers.size(), 1U);
@@ -153,8 +159,9 @@ TEST_F(EmulatedHostTest, DoesNotOutliveUmbra) {
 TEST_F(EmulatedHostTest, OneServesAllCases) {
     const TemporaryFolder folder;
     const std::string junit = folder.file("junit.xml");
-    const Ended ended = run_umbra({"test", "--filter=hello", "--filter=fail", "--filter=triple", "--output",
-                                   folder.file("results"), "--junit", junit, (build_folder() / "guest").string()});
+    const Ended ended =
+        run_umbra({"test", "--filter=hello", "--filter=fail", "--filter=triple", "--output",
+                   folder.file("results"), "--junit", junit, (build_folder() / "guest").string()});
     EXPECT_EQ(ended.exit_code, 0) << ended;
     EXPECT_THAT(contents_of(junit), HasSubstr("tests=\"3\"")) << contents_of(junit);
 }
@@ -172,7 +179,8 @@ TEST_F(EmulatedHostTest, WhatIsMissingIsToldInOneLine) {
 }
 
 TEST_F(EmulatedHostTest, ProgramsRunInParallelOnSeveral) {
-    Child first(umbra_command({"exec", "--host", "emulated:B", "--", "cat", "/sys/module/kvm_amd/parameters/npt"}));
+    Child first(
+        umbra_command({"exec", "--host", "emulated:B", "--", "cat", "/sys/module/kvm_amd/parameters/npt"}));
     Child second(umbra_command({"exec", "--host", "emulated:A", "--counted", "--", "sh", "-c",
                                 "cat /sys/module/kvm_amd/parameters/npt; nproc; echo told >&2; kill -9 $$"}));
     EXPECT_EQ(first.end().out, "N\n") << first.end();

@@ -26,15 +26,16 @@ struct GdbAddress {
     friend bool operator==(const GdbAddress&, const GdbAddress&) = default;
 };
 
-/// A socket that is bound and, from listen() on, takes connections. The Unix socket's file goes with this object.
+/// A socket that is bound and, from listen() on, takes connections. The Unix socket's file goes with this
+/// object.
 class GdbListener {
   public:
     /// StartupError (bad_usage) if the address cannot be served: in use, unknown, not permitted.
     explicit GdbListener(const GdbAddress& where);
     /// What whoever started this process has bound for it, if they say so by `inherited_variable`.
     [[nodiscard]] static std::optional<GdbListener> inherited();
-    /// SOCKET,TOLD,ADDRESS: two descriptors, of the socket and of what gets a byte when it takes connections, and where
-    /// debuggers find it.
+    /// SOCKET,TOLD,ADDRESS: two descriptors, of the socket and of what gets a byte when it takes connections,
+    /// and where debuggers find it.
     static constexpr const char* inherited_variable = "UMBRA_DEBUGGERS";
     ~GdbListener();
     GdbListener(GdbListener&& other) noexcept;
