@@ -388,7 +388,7 @@ void add_host_option(CLI::App* command, std::string& host) {
 struct ExecOptions {
     std::vector<std::string> command;
     std::string memory = "2G";
-    unsigned processors = 0;
+    unsigned processors = 1;
     bool counted = false;
 };
 
@@ -401,7 +401,8 @@ CLI::App* add_exec(CLI::App& app, ExecOptions& options) {
         ->capture_default_str()
         ->type_name("SIZE");
     exec->add_option("--processors", options.processors,
-                     "Processors of the emulated host [as many as there are]")
+                     "The emulated host's processors; more than one now and then hang in QEMU 7.2")
+        ->capture_default_str()
         ->check(CLI::Range(1U, most_processors).description(""))
         ->type_name("N");
     exec->add_flag(
@@ -436,10 +437,6 @@ std::uint64_t guest_memory(const RunOptions& options) {
     return memory + memory / 8;
 }
 
-unsigned processors_here() {
-    return std::clamp(std::thread::hardware_concurrency(), 1U, most_processors);
-}
-
 /// On the emulated host or, if umbra would run guests itself, here.
 int run_program(const std::optional<umbra::EmulatedHost>& host, ExecOptions options) {
     if (!host) {
@@ -454,9 +451,7 @@ int run_program(const std::optional<umbra::EmulatedHost>& host, ExecOptions opti
     }
     return umbra::run_on_emulated_host(*host, {.command = std::move(options.command),
                                                .memory_bytes = umbra::parse_memory_size(options.memory),
-                                               .processors = options.counted           ? 1
-                                                             : options.processors != 0 ? options.processors
-                                                                                       : processors_here(),
+                                               .processors = options.counted ? 1 : options.processors,
                                                .counted = options.counted});
 }
 
@@ -530,7 +525,6 @@ int launch(int argc, char** argv) {
     if (test->parsed()) {
         errand.input = false;
         errand.memory_bytes = std::uint64_t{3} << 30;
-        errand.processors = processors_here();
         if (!host)
             (void)umbra::Kvm(); // where there is none, this says so once
         return host ? umbra::run_on_emulated_host(*host, errand) : umbra::test_command(test_options);

@@ -177,6 +177,9 @@ EmulatedMachine::EmulatedMachine(const MachineConfig& config)
     // leaving umbra waiting.
     std::string words =
         "console=ttyS0 quiet loglevel=4 mitigations=off cryptomgr.notests panic=-1 oops=panic";
+    // On a busy computer the kernel would take its clock for unstable, which it is not, and patch its code
+    // for that.
+    words += " tsc=reliable";
     if (config.counted)
         words += " nokaslr norandmaps"; // or no two runs would count alike
     const std::uint64_t megabytes = config.memory_bytes >> 20;

@@ -41,6 +41,8 @@ struct MachineConfig {
     bool nested_paging = true; ///< its KVM uses NPT (host kind A), or shadow paging of its own (kind B)
     bool counted = false;      ///< its clock is the count of its instructions, 1 ns each; one processor then
     std::uint64_t memory_bytes = 0;
+    /// More than one is for trying out: QEMU 7.2's emulation of several may run the old code where the kernel
+    /// has patched its own, after which the machine hangs.
     unsigned processors = 1;
 };
 
