@@ -84,28 +84,6 @@ void add_to_checksum(std::uint64_t value) {
     checksum ^= checksum >> 29;
 }
 
-/// The number behind `name` ("seed=") on the command line.
-std::uint64_t option(const BootParams& boot, const char* name, std::uint64_t otherwise) {
-    for (const char* at = boot.command_line(); *at != '\0';) {
-        const char* expected = name;
-        while (*expected != '\0' && *at == *expected) {
-            ++at;
-            ++expected;
-        }
-        if (*expected == '\0') {
-            std::uint64_t value = 0;
-            for (; *at >= '0' && *at <= '9'; ++at)
-                value = value * 10 + static_cast<std::uint64_t>(*at - '0');
-            return value;
-        }
-        while (*at != ' ' && *at != '\0')
-            ++at;
-        while (*at == ' ')
-            ++at;
-    }
-    return otherwise;
-}
-
 /// Address of page 0..page_count - 1.
 std::uint64_t page_address(std::uint64_t page) {
     std::uint64_t address = 0;
@@ -435,8 +413,8 @@ extern "C" int kernel_main(const BootParams& boot) {
     install_descriptors();
     init_memory(boot);
     enable_user_mode();
-    const std::uint64_t seed = option(boot, "seed=", default_seed);
-    const std::uint64_t rounds = option(boot, "rounds=", default_rounds);
+    const std::uint64_t seed = boot.number("seed", default_seed);
+    const std::uint64_t rounds = boot.number("rounds", default_rounds);
     random_state = (seed + 1) * 0x9e37'79b9'7f4a'7c15; // never 0
     make_spaces();
 

@@ -528,8 +528,8 @@ Ending run_once(Session& session) {
         save_core(options, *engine, machine);
     Stats stats;
     if (options.stats != StatsFormat::none || !options.result.empty())
-        stats = gather_stats(engine->log(), engine->mmu(), machine.platform().unclaimed(), seconds.count(),
-                             ticks_per_microsecond());
+        stats = gather_stats(engine->log(), engine->mmu(), machine.platform().unclaimed(),
+                             machine.vcpu().exits(), seconds.count(), ticks_per_microsecond());
     if (options.stats != StatsFormat::none)
         std::fputs((options.stats == StatsFormat::json ? stats_json(stats) : stats_text(stats)).c_str(),
                    stderr);

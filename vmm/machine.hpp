@@ -43,6 +43,7 @@ class Machine {
     [[nodiscard]] Platform& platform() { return platform_; }
     [[nodiscard]] const Platform& platform() const { return platform_; }
     [[nodiscard]] Vcpu& vcpu() { return vcpu_; }
+    [[nodiscard]] const Vcpu& vcpu() const { return vcpu_; }
     /// What CPUID shows, if the host intercepts it.
     [[nodiscard]] const std::vector<CpuidLeaf>& cpuid() const { return cpuid_; }
     [[nodiscard]] CpuFeatures cpu_features(bool cpuid_intercepted) const {

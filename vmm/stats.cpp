@@ -64,9 +64,10 @@ double percent(double part, double whole) {
 } // namespace
 
 Stats gather_stats(const TrapLog& log, const Mmu* mmu, const UnclaimedAccesses& unclaimed,
-                   double wall_seconds, double ticks_per_us) {
+                   std::uint64_t exits, double wall_seconds, double ticks_per_us) {
     Stats stats;
     stats.wall_seconds = wall_seconds;
+    stats.exits = exits;
     stats.unclaimed = unclaimed;
     for (std::size_t reason = 0; reason < static_cast<std::size_t>(TrapReason::count_); ++reason) {
         for (std::size_t action = 0; action < static_cast<std::size_t>(TrapAction::count_); ++action) {
@@ -96,8 +97,8 @@ std::string stats_text(const Stats& stats) {
         text += '\n';
     };
     const Stats::Traps sum = total(stats);
-    line("run: {:.3f} s, of which {:.3f} s in umbra for {} traps ({:.1f} %)", stats.wall_seconds,
-         sum.microseconds / 1e6, sum.count, percent(sum.microseconds / 1e6, stats.wall_seconds));
+    line("run: {:.3f} s, of which {:.3f} s in umbra for {} traps ({:.1f} %); {} exits", stats.wall_seconds,
+         sum.microseconds / 1e6, sum.count, percent(sum.microseconds / 1e6, stats.wall_seconds), stats.exits);
     if (!stats.traps.empty())
         line("\n{:12}{:8}{:>12}{:>8}{:>12}{:>12}{:>8}", "trap", "action", "count", "share", "mean us",
              "total ms", "share");
@@ -138,6 +139,7 @@ std::string stats_json(const Stats& stats) {
                              {"microseconds", traps.microseconds}});
     Json json{
         {"wall_seconds", stats.wall_seconds},
+        {"exits", stats.exits},
         {"traps", {{"count", sum.count}, {"microseconds", sum.microseconds}, {"by_reason", by_reason}}}};
     Json& instructions = json["instructions"] = Json::object();
     for (const TrapLog::Instruction& instruction : stats.instructions)

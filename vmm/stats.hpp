@@ -27,6 +27,7 @@ struct Stats {
     };
 
     double wall_seconds = 0;                        ///< of the guest's run
+    std::uint64_t exits = 0;                        ///< Vcpu::exits
     std::vector<Traps> traps;                       ///< by time in umbra, most first
     std::vector<TrapLog::Instruction> instructions; ///< that trapped, most frequent first
     std::uint64_t ahead = 0;                        ///< TrapLog::ahead
@@ -36,7 +37,7 @@ struct Stats {
 
 /// `mmu`: nullptr for an engine without one. `ticks_per_us`: ticks_per_microsecond().
 [[nodiscard]] Stats gather_stats(const TrapLog& log, const Mmu* mmu, const UnclaimedAccesses& unclaimed,
-                                 double wall_seconds, double ticks_per_us);
+                                 std::uint64_t exits, double wall_seconds, double ticks_per_us);
 
 /// Tables for people, at most about 100 columns.
 [[nodiscard]] std::string stats_text(const Stats& stats);
@@ -44,6 +45,7 @@ struct Stats {
 /// One JSON object, indented; its keys do not change from one version of umbra to the next, though new ones
 /// may come:
 ///   wall_seconds
+///   exits    returns of KVM_RUN; what KVM does by itself is not among them
 ///   traps    count, microseconds, by_reason: [{reason, action, count, microseconds}]
 ///   instructions  {mnemonic: count}, of those that trapped
 ///   instructions_ahead  emulated behind them, before they could trap

@@ -25,6 +25,27 @@ bool BootParams::has_option(const char* name) const {
     return false;
 }
 
+std::uint64_t BootParams::number(const char* name, std::uint64_t otherwise) const {
+    for (const char* at = command_line(); *at != '\0';) {
+        const char* expected = name;
+        while (*expected != '\0' && *at == *expected) {
+            ++at;
+            ++expected;
+        }
+        if (*expected == '\0' && *at == '=') {
+            std::uint64_t value = 0;
+            for (++at; *at >= '0' && *at <= '9'; ++at)
+                value = value * 10 + static_cast<std::uint64_t>(*at - '0');
+            return value;
+        }
+        while (*at != ' ' && *at != '\0')
+            ++at;
+        while (*at == ' ')
+            ++at;
+    }
+    return otherwise;
+}
+
 std::uint64_t BootParams::ram_size() const {
     std::uint64_t total = 0;
     for (unsigned i = 0; i < e820_entries; ++i)

@@ -34,6 +34,8 @@ struct [[gnu::packed]] BootParams {
     /// (version 7.2); "qemu-host": it is a hypervisor's, but what is not privileged runs on QEMU's. Checks
     /// that QEMU is known to fail are then left out; each is marked where it stands.
     [[nodiscard]] bool has_option(const char* name) const;
+    /// The number of a word NAME=NUMBER of the command line.
+    [[nodiscard]] std::uint64_t number(const char* name, std::uint64_t otherwise) const;
     /// Bytes of RAM in the whole map.
     [[nodiscard]] std::uint64_t ram_size() const;
     /// The end of the RAM that begins at 1 MB, where the kernel is.

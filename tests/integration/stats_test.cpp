@@ -67,6 +67,7 @@ TEST_P(StatsTest, JsonTellsOfTheRun) {
     EXPECT_GE(sum, 5U) << "it printed three lines";
     EXPECT_LT(sum, 1000U) << "it did nothing else";
     EXPECT_LE(traps.at("microseconds"), seconds * 1e6);
+    EXPECT_EQ(stats.at("exits"), sum) << "each trap is an exit";
     const Json& unclaimed = stats.at("unclaimed_accesses");
     for (const char* const key : {"port_reads", "port_writes", "mmio_reads", "mmio_writes"})
         EXPECT_EQ(unclaimed.at(key), 0) << key;

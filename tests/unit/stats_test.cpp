@@ -34,7 +34,7 @@ TrapLog some_traps() {
 constexpr double rate = 1000; // ticks in a microsecond
 
 Stats shadow_stats() {
-    Stats stats = gather_stats(some_traps(), nullptr, {1, 22, 333, 4444}, 2.0, rate);
+    Stats stats = gather_stats(some_traps(), nullptr, {1, 22, 333, 4444}, 43, 2.0, rate);
     Stats::Shadow shadow;
     shadow.counters.fills = 1001;
     shadow.counters.upgrades = 1002;
@@ -75,8 +75,9 @@ std::string line_of(const std::string& text, std::string_view begin) {
 }
 
 TEST(Stats, GathersWhatHappenedMostTimeFirst) {
-    const Stats stats = gather_stats(some_traps(), nullptr, {1, 2, 3, 4}, 2.0, rate);
+    const Stats stats = gather_stats(some_traps(), nullptr, {1, 2, 3, 4}, 43, 2.0, rate);
     EXPECT_EQ(stats.wall_seconds, 2.0);
+    EXPECT_EQ(stats.exits, 43U);
     EXPECT_EQ(stats.unclaimed, (UnclaimedAccesses{1, 2, 3, 4}));
     EXPECT_FALSE(stats.shadow);
     ASSERT_EQ(stats.traps.size(), 3U);
@@ -108,7 +109,7 @@ TEST(Stats, TakesTheShadowMmusNumbers) {
     (void)mmu.fault(GuestVirt(0x1234), {});
     mmu.flush();
 
-    const Stats stats = gather_stats({}, &mmu, {}, 1.0, rate);
+    const Stats stats = gather_stats({}, &mmu, {}, 0, 1.0, rate);
     ASSERT_TRUE(stats.shadow);
     EXPECT_EQ(stats.shadow->counters.guest_faults, 1U);
     EXPECT_EQ(stats.shadow->counters.flushes, 1U);
@@ -119,7 +120,8 @@ TEST(Stats, TakesTheShadowMmusNumbers) {
 
 TEST(StatsText, TableOfTraps) {
     const std::string text = stats_text(shadow_stats());
-    EXPECT_EQ(line_of(text, "run:"), "run: 2.000 s, of which 0.001 s in umbra for 41 traps (0.1 %)");
+    EXPECT_EQ(line_of(text, "run:"),
+              "run: 2.000 s, of which 0.001 s in umbra for 41 traps (0.1 %); 43 exits");
     EXPECT_EQ(line_of(text, "port_write"), "port_write device 1 2.4 % 930.00 0.930 93.0 %");
     EXPECT_EQ(line_of(text, "page_fault"), "page_fault fill 30 73.2 % 2.00 0.060 6.0 %");
     EXPECT_EQ(line_of(text, "exception"), "exception deliver 10 24.4 % 1.00 0.010 1.0 %");
@@ -146,20 +148,21 @@ TEST(StatsText, IsNarrowPlainAscii) {
 }
 
 TEST(StatsText, WithoutShadowTables) {
-    const std::string text = stats_text(gather_stats(some_traps(), nullptr, {}, 1.0, rate));
+    const std::string text = stats_text(gather_stats(some_traps(), nullptr, {}, 0, 1.0, rate));
     EXPECT_EQ(text.find("shadow"), std::string::npos);
     EXPECT_NE(text.find("port_write"), std::string::npos);
 }
 
 TEST(StatsText, OfARunWithoutAnything) {
     const std::string text = stats_text({});
-    EXPECT_EQ(line_of(text, "run:"), "run: 0.000 s, of which 0.000 s in umbra for 0 traps (0.0 %)");
+    EXPECT_EQ(line_of(text, "run:"), "run: 0.000 s, of which 0.000 s in umbra for 0 traps (0.0 %); 0 exits");
     EXPECT_EQ(text.find("nan"), std::string::npos);
 }
 
 TEST(StatsJson, HasTheDocumentedKeys) {
     const json parsed = json::parse(stats_json(shadow_stats()));
     EXPECT_EQ(parsed.at("wall_seconds"), 2.0);
+    EXPECT_EQ(parsed.at("exits"), 43);
     EXPECT_EQ(parsed.at("traps").at("count"), 41);
     EXPECT_DOUBLE_EQ(parsed.at("traps").at("microseconds").get<double>(), 1000);
     EXPECT_EQ(parsed.at("traps").at("by_reason").at(1),
@@ -187,7 +190,7 @@ TEST(StatsJson, HasTheDocumentedKeys) {
               (json{{"port_reads", 1}, {"port_writes", 22}, {"mmio_reads", 333}, {"mmio_writes", 4444}}));
     EXPECT_EQ(parsed.at("instructions"), json::object());
     EXPECT_EQ(parsed.at("instructions_ahead"), 0);
-    EXPECT_EQ(parsed.size(), 6U);
+    EXPECT_EQ(parsed.size(), 7U);
 }
 
 TEST(StatsInstructions, AreCountedByName) {
@@ -201,7 +204,7 @@ TEST(StatsInstructions, AreCountedByName) {
         log.add(record);
         log.count_ahead();
     }
-    const Stats stats = gather_stats(log, nullptr, {}, 1, 1);
+    const Stats stats = gather_stats(log, nullptr, {}, 0, 1, 1);
     EXPECT_EQ(json::parse(stats_json(stats)).at("instructions_ahead"), 3);
     EXPECT_EQ(json::parse(stats_json(stats)).at("instructions"), (json{{"cli", 2}, {"hlt", 1}}));
     const std::string text = stats_text(stats);

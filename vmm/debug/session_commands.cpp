@@ -166,7 +166,7 @@ std::string GdbSession::command(std::string_view line) {
     case MonitorCommand::stats: {
         const std::chrono::duration<double> since = std::chrono::steady_clock::now() - begun_;
         return stats_text(gather_stats(engine_->log(), &debugger_->mmu(), machine_->platform().unclaimed(),
-                                       since.count(), ticks_per_microsecond()));
+                                       machine_->vcpu().exits(), since.count(), ticks_per_microsecond()));
     }
     case MonitorCommand::trace:
         return trace(words);

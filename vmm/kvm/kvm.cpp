@@ -355,6 +355,7 @@ Vcpu::~Vcpu() {
 ExitReason Vcpu::run() {
     error_ = 0;
     const int result = ::ioctl(file_.get(), KVM_RUN, 0);
+    ++exits_;
     // Where a signal found an interrupt about to be injected, KVM has set its bit here, and never clears one:
     // with the next change of a system register it would inject that interrupt once more, at every entry.
     std::ranges::fill(run_->s.regs.sregs.interrupt_bitmap, 0);

@@ -90,6 +90,8 @@ class Vcpu {
     /// Runs until an exit. Registers set since the last exit take effect; a port or MMIO read's data must
     /// have been filled in.
     [[nodiscard]] ExitReason run();
+    /// How often run() has come back.
+    [[nodiscard]] std::uint64_t exits() const { return exits_; }
     /// Makes the current or next run() return `interrupted`. Async-signal-safe. A vCPU that is inside KVM_RUN
     /// on another thread needs a signal besides.
     void request_exit();
@@ -168,6 +170,7 @@ class Vcpu {
     kvm_run* run_ = nullptr;
     std::size_t run_size_ = 0;
     int error_ = 0; ///< errno of a failed KVM_RUN
+    std::uint64_t exits_ = 0;
 };
 
 /// Whether KVM notes which pages of a memory slot are written to.
