@@ -9,10 +9,9 @@
 #include "vmm/cpu_model.hpp"
 #include "vmm/error.hpp"
 #include "vmm/loader/kernel_file.hpp"
+#include "vmm/log.hpp"
 
 #include <CLI/CLI.hpp>
-#include <spdlog/sinks/stdout_color_sinks.h>
-#include <spdlog/spdlog.h>
 
 #include <csignal>
 #include <cstdio>
@@ -359,13 +358,6 @@ CLI::App* add_test(CLI::App& app, TestOptions& options) {
     return test;
 }
 
-void set_up_logging(const std::string& level) {
-    auto logger = spdlog::stderr_color_mt("umbra");
-    logger->set_pattern("%^umbra: %v%$");
-    logger->set_level(spdlog::level::from_str(level));
-    spdlog::set_default_logger(std::move(logger));
-}
-
 /// Everything that may throw.
 int launch(int argc, char** argv) {
     CLI::App app("umbra runs x86-64 kernels deprivileged, on software shadow page tables");
@@ -404,7 +396,7 @@ int launch(int argc, char** argv) {
     } catch (const CLI::ParseError& error) {
         return app.exit(error) == 0 ? 0 : static_cast<int>(ExitCode::bad_usage);
     }
-    set_up_logging(debug->parsed() ? debug_options.run.log_level : run_options.log_level);
+    umbra::set_up_log(debug->parsed() ? debug_options.run.log_level : run_options.log_level);
     if (debug->parsed())
         return umbra::debug_command(std::move(debug_options));
     if (inspect->parsed())

@@ -1,6 +1,7 @@
 #include "vmm/debug/server.hpp"
 
 #include "vmm/error.hpp"
+#include "vmm/log.hpp"
 
 #include <algorithm>
 #include <array>
@@ -12,11 +13,10 @@
 #include <memory>
 #include <utility>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <spdlog/spdlog.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -288,7 +288,7 @@ void GdbServer::send(std::string_view bytes) {
     client_->unsent += bytes;
     flush();
     if (client_->unsent.size() > most_unsent) {
-        spdlog::warn("the debugger does not read what it is sent, and was disconnected");
+        log_warning("the debugger does not read what it is sent, and was disconnected");
         client_->gone = true;
     }
 }
@@ -490,7 +490,7 @@ void GdbServer::accept_client() {
         push(ServerEvent::Kind::connected, from);
         return;
     }
-    spdlog::warn("a second debugger (from {}) was refused: one is attached", from);
+    log_warning("a second debugger (from {}) was refused: one is attached", from);
     if (refused_.size() < most_refused)
         refused_.push_back({std::move(socket), Clock::now() + refusal_patience});
 }
