@@ -17,8 +17,7 @@
 #include <thread>
 #include <utility>
 
-#include <fmt/format.h>
-#include <spdlog/spdlog.h>
+#include <fmt/core.h>
 
 namespace umbra {
 namespace {

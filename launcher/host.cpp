@@ -5,6 +5,7 @@
 #include "vmm/debug/listener.hpp"
 #include "vmm/error.hpp"
 #include "vmm/kvm/kvm.hpp"
+#include "vmm/log.hpp"
 
 #include <fcntl.h>
 #include <poll.h>
@@ -24,8 +25,7 @@
 #include <filesystem>
 #include <utility>
 
-#include <fmt/format.h>
-#include <spdlog/spdlog.h>
+#include <fmt/core.h>
 
 namespace umbra {
 namespace {
@@ -251,7 +251,7 @@ int Session::machine_is_gone() {
     const std::string why = machine_.obituary();
     if (!started_)
         throw StartupError(ExitCode::host_cannot, "the emulated host did not come up: " + why);
-    spdlog::error("the emulated host went down: {}", why);
+    log_line(LogLevel::error, "the emulated host went down: " + why);
     return static_cast<int>(ExitCode::guest_panicked);
 }
 
@@ -307,7 +307,7 @@ int run_on_emulated_host(const EmulatedHost& host, const Errand& errand) {
         throw StartupError(error.code(), fmt::format("{}; without that, {}", host.because, error.what()));
     }
     if (!host.because.empty())
-        spdlog::warn("{}; so this runs on an emulated host, which is slower (see --host)", host.because);
+        log_warning("{}; so this runs on an emulated host, which is slower (see --host)", host.because);
     return session->run();
 }
 

@@ -12,10 +12,9 @@
 #include "vmm/kvm/kvm.hpp"
 #include "vmm/loader/kernel_file.hpp"
 #include "vmm/loader/memory_size.hpp"
+#include "vmm/log.hpp"
 
 #include <CLI/CLI.hpp>
-#include <spdlog/sinks/stdout_color_sinks.h>
-#include <spdlog/spdlog.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -416,13 +415,6 @@ CLI::App* add_exec(CLI::App& app, ExecOptions& options) {
     return exec;
 }
 
-void set_up_logging(const std::string& level) {
-    auto logger = spdlog::stderr_color_mt("umbra");
-    logger->set_pattern("%^umbra: %v%$");
-    logger->set_level(spdlog::level::from_str(level));
-    spdlog::set_default_logger(std::move(logger));
-}
-
 /// As this process was started.
 std::vector<std::string> this_command(int argc, char** argv) {
     std::vector<std::string> command(argv, argv + argc);
@@ -499,7 +491,7 @@ int launch(int argc, char** argv) {
     } catch (const CLI::ParseError& error) {
         return app.exit(error) == 0 ? 0 : static_cast<int>(ExitCode::bad_usage);
     }
-    set_up_logging(debug->parsed() ? debug_options.run.log_level : run_options.log_level);
+    umbra::set_up_log(debug->parsed() ? debug_options.run.log_level : run_options.log_level);
     if (inspect->parsed())
         return umbra::inspect_command(inspected);
     if (report->parsed())

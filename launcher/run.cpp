@@ -7,6 +7,7 @@
 #include "vmm/debug/session.hpp"
 #include "vmm/guest_checks.hpp"
 #include "vmm/loader/memory_size.hpp"
+#include "vmm/log.hpp"
 #include "vmm/machine.hpp"
 #include "vmm/monitor.hpp"
 #include "vmm/native_engine.hpp"
@@ -29,9 +30,8 @@
 #include <memory>
 #include <utility>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <nlohmann/json.hpp>
-#include <spdlog/spdlog.h>
 
 namespace umbra {
 namespace {
@@ -364,7 +364,7 @@ void write_result(const RunOptions& options, const File& file, const Json& resul
         if (written >= 0) {
             rest.remove_prefix(static_cast<std::size_t>(written));
         } else if (errno != EINTR) {
-            spdlog::warn("the result was not written to '{}': {}", options.result, std::strerror(errno));
+            log_warning("the result was not written to '{}': {}", options.result, std::strerror(errno));
             return;
         }
     }
@@ -410,9 +410,9 @@ void serve_debugger(Session& session) {
     if (options.debugger_ready)
         options.debugger_ready(address, [&session] { session.control.interrupt(); });
     else
-        spdlog::info("{}: gdb {} -ex 'target remote {}'",
-                     options.pause ? "the guest waits for a debugger" : "a debugger can connect",
-                     options.kernel, address);
+        log_info("{}: gdb {} -ex 'target remote {}'",
+                 options.pause ? "the guest waits for a debugger" : "a debugger can connect", options.kernel,
+                 address);
 }
 
 /// The failed guest's memory and registers, for gdb to open later.
@@ -420,9 +420,9 @@ void save_core(const RunOptions& options, const Engine& engine, Machine& machine
     const auto extended = machine.vcpu().read_extended();
     if (const auto problem = write_core(options.core_on_failure, engine.cpu(),
                                         extended ? &*extended : nullptr, machine.memory(), engine.paging()))
-        spdlog::warn("no core was written to '{}': {}", options.core_on_failure, *problem);
+        log_warning("no core was written to '{}': {}", options.core_on_failure, *problem);
     else
-        spdlog::info("core written: gdb {} {}", options.kernel, options.core_on_failure);
+        log_info("core written: gdb {} {}", options.kernel, options.core_on_failure);
 }
 
 /// Linux saves and restores its interrupt flag with instructions that do not trap, and builds on what CPUID
@@ -439,7 +439,7 @@ void require_linux_host(const RunOptions& options, const HostTraits& traits) {
     if (!options.force)
         throw StartupError(ExitCode::host_cannot,
                            why + ": run it where KVM has VT-x or SVM, or all the same with --force");
-    spdlog::warn("{}", why);
+    log_warning("{}", why);
 }
 
 /// How a run ended.
@@ -470,7 +470,7 @@ Ending run_once(Session& session) {
     // After the machine was made: KVM is still busy with its timer then (Vm::create_interrupt_controllers).
     const HostTraits traits = shadow ? probe_traits(session.kvm) : HostTraits{};
     if (shadow && !traits.cpuid_intercepted && !session.cpu.none())
-        spdlog::warn(
+        log_warning(
             "this host does not intercept CPUID: the guest sees the host's features; --cpu only decides "
             "which of them work");
     if (shadow && session.files.is_linux())
@@ -486,14 +486,14 @@ Ending run_once(Session& session) {
         session.debugger->serve_engine(*engine, machine);
     if (!options.trace.empty())
         engine->log().trace_to(options.trace);
-    spdlog::debug("{}: protocol {}, entered at {}, {} MB, {} engine", options.kernel, name(kernel.protocol),
-                  kernel.entry, session.memory_bytes >> 20, shadow ? "shadow" : "native");
+    log_debug("{}: protocol {}, entered at {}, {} MB, {} engine", options.kernel, name(kernel.protocol),
+              kernel.entry, session.memory_bytes >> 20, shadow ? "shadow" : "native");
     if (shadow)
-        spdlog::debug("host: userspace stores {}, IOPL {}, CPUID {}, resumed by {}",
-                      traits.stores_seen ? "seen" : "not seen",
-                      traits.iopl_honoured ? "honoured" : "not honoured",
-                      traits.cpuid_intercepted ? "intercepted" : "native",
-                      traits.resume == ResumeBy::iretq ? "iretq" : "system registers");
+        log_debug("host: userspace stores {}, IOPL {}, CPUID {}, resumed by {}",
+                  traits.stores_seen ? "seen" : "not seen",
+                  traits.iopl_honoured ? "honoured" : "not honoured",
+                  traits.cpuid_intercepted ? "intercepted" : "native",
+                  traits.resume == ResumeBy::iretq ? "iretq" : "system registers");
 
     const auto timeout =
         options.timeout ? std::optional(std::chrono::duration<double>(*options.timeout)) : std::nullopt;
@@ -511,19 +511,18 @@ Ending run_once(Session& session) {
             verdict.reason += fmt::format(" ({})", place);
     machine.platform().flush();
     if (verdict.kind == Verdict::Kind::restart) {
-        spdlog::info("the guest starts anew: {}", verdict.reason);
+        log_info("the guest starts anew: {}", verdict.reason);
         return {std::move(verdict), {}};
     }
 
-    spdlog::log(verdict.kind == Verdict::Kind::passed ? spdlog::level::info : spdlog::level::err, "{}",
-                describe(verdict));
+    log_line(verdict.kind == Verdict::Kind::passed ? LogLevel::info : LogLevel::error, describe(verdict));
     if (!output.failure().empty())
-        spdlog::warn("some of the guest's output was lost: {}", output.failure());
+        log_warning("some of the guest's output was lost: {}", output.failure());
     if (wants_report(verdict, options.engine))
         std::fputs(make_report(*engine, machine, session.symbols, verdict).c_str(), stderr);
     if (!options.screen.empty())
         if (const auto problem = save_screen(options.screen, screen()))
-            spdlog::warn("the screen was not written to '{}': {}", options.screen, *problem);
+            log_warning("the screen was not written to '{}': {}", options.screen, *problem);
     if (!options.core_on_failure.empty() && verdict.kind != Verdict::Kind::passed)
         save_core(options, *engine, machine);
     Stats stats;
@@ -534,7 +533,7 @@ Ending run_once(Session& session) {
         std::fputs((options.stats == StatsFormat::json ? stats_json(stats) : stats_text(stats)).c_str(),
                    stderr);
     if (!engine->log().finish_trace())
-        spdlog::warn("the trace '{}' is incomplete: it could not be written", options.trace);
+        log_warning("the trace '{}' is incomplete: it could not be written", options.trace);
     return {std::move(verdict), std::move(stats)};
 }
 

@@ -10,15 +10,17 @@
 // Host virtual addresses are ordinary pointers.
 #pragma once
 
+#include <algorithm>
 #include <compare>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <string_view>
 #include <type_traits>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra {
 
@@ -105,7 +107,9 @@ template<class Space>
 struct fmt::formatter<umbra::Address<Space>> : fmt::formatter<std::string_view> {
     template<class Context>
     auto format(umbra::Address<Space> address, Context& context) const {
-        return fmt::format_to(context.out(), "{}:{:#x}", Space::prefix, address.value());
+        // Not by format_to: libfmt's instance of it, made by GCC, has a name that Clang does not look for.
+        const std::string text = fmt::format("{}:{:#x}", Space::prefix, address.value());
+        return std::copy(text.begin(), text.end(), context.out());
     }
 };
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include <cpuid.h>
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra {
 namespace {

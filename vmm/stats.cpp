@@ -2,10 +2,9 @@
 
 #include <algorithm>
 #include <array>
-#include <iterator>
 #include <string_view>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <nlohmann/json.hpp>
 
 namespace umbra {
@@ -93,7 +92,7 @@ Stats gather_stats(const TrapLog& log, const Mmu* mmu, const UnclaimedAccesses& 
 std::string stats_text(const Stats& stats) {
     std::string text;
     const auto line = [&text]<class... Args>(fmt::format_string<Args...> format, Args&&... args) {
-        fmt::format_to(std::back_inserter(text), format, std::forward<Args>(args)...);
+        text += fmt::format(format, std::forward<Args>(args)...);
         text += '\n';
     };
     const Stats::Traps sum = total(stats);

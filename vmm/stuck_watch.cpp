@@ -5,7 +5,7 @@
 #include <utility>
 
 #include <Zydis/Zydis.h>
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra {
 namespace {

@@ -8,7 +8,7 @@
 
 #include <cxxabi.h>
 #include <elf.h>
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra {
 namespace {

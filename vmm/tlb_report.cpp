@@ -3,11 +3,10 @@
 
 #include "vmm/report.hpp"
 
-#include <iterator>
 #include <string_view>
 #include <utility>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra {
 namespace {
@@ -16,7 +15,7 @@ class Text {
   public:
     template<class... Args>
     void line(fmt::format_string<Args...> format, Args&&... args) {
-        fmt::format_to(std::back_inserter(text_), format, std::forward<Args>(args)...);
+        text_ += fmt::format(format, std::forward<Args>(args)...);
         text_ += '\n';
     }
     [[nodiscard]] std::string take() { return std::move(text_); }

@@ -9,7 +9,7 @@
 #include <limits>
 #include <thread>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra {
 namespace {
@@ -91,9 +91,10 @@ void TrapLog::write(const TrapRecord& record) {
     const auto microseconds = [this](std::uint64_t from, std::uint64_t to) {
         return static_cast<double>(to - from) / trace_rate_;
     };
-    fmt::memory_buffer line;
+    std::string line;
+    line.reserve(160);
     const auto append = [&line]<class... Args>(fmt::format_string<Args...> format, Args&&... args) {
-        fmt::format_to(std::back_inserter(line), format, std::forward<Args>(args)...);
+        line += fmt::format(format, std::forward<Args>(args)...);
     };
     append("us={:.3f} vcpu={} reason={} cpl={} rip={:#x}", microseconds(process_start.ticks, record.start),
            record.vcpu, name(record.reason), record.cpl, record.rip.value());
@@ -108,7 +109,7 @@ void TrapLog::write(const TrapRecord& record) {
     if (record.instruction != nullptr)
         append(" instruction={}", record.instruction);
     append(" action={} took_us={:.3f}\n", name(record.action), microseconds(record.start, record.end));
-    put({line.data(), line.size()});
+    put(line);
 }
 
 std::vector<TrapRecord> TrapLog::last() const {

@@ -1,6 +1,6 @@
 #include "vmm/verdict.hpp"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra {
 

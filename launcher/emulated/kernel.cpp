@@ -20,7 +20,7 @@
 #include <string_view>
 #include <utility>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra::emulated {
 namespace {

@@ -5,10 +5,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 #include <span>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra {
 namespace {
@@ -75,7 +74,7 @@ figure { margin: .3rem 0; } svg { display: block; width: 100%; } rect { fill: cu
 
 template<class... Args>
 void put(std::string& page, fmt::format_string<Args...> format, Args&&... args) {
-    fmt::format_to(std::back_inserter(page), format, std::forward<Args>(args)...);
+    page += fmt::format(format, std::forward<Args>(args)...);
 }
 
 std::string one_line(std::string_view text) {

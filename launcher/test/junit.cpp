@@ -4,9 +4,8 @@
 #include "launcher/test/text.hpp"
 
 #include <algorithm>
-#include <iterator>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra {
 namespace {
@@ -79,8 +78,8 @@ void JUnitSink::add(const CaseResult& result, bool not_run_is_error) {
     if (result.attempts != 1)
         name += fmt::format(" (run {})", result.attempt);
     std::string& xml = suite.cases;
-    fmt::format_to(std::back_inserter(xml), "    <testcase classname=\"{}\" name=\"{}\" time=\"{:.3f}\">\n",
-                   attribute(class_name(folder)), attribute(name), seconds);
+    xml += fmt::format("    <testcase classname=\"{}\" name=\"{}\" time=\"{:.3f}\">\n",
+                       attribute(class_name(folder)), attribute(name), seconds);
     const bool umbras = result.outcome == Outcome::crashed || result.outcome == Outcome::bad_usage;
     if (result.verdict == CaseVerdict::skipped ||
         (result.verdict == CaseVerdict::not_run && !not_run_is_error)) {
@@ -111,11 +110,11 @@ void JUnitSink::finished(const RunSummary& summary) {
         sum.tests += suite.tests;
         sum.failures += suite.failures;
         sum.errors += suite.errors;
-        fmt::format_to(std::back_inserter(text),
-                       "  <testsuite name=\"{}\" tests=\"{}\" failures=\"{}\" errors=\"{}\" skipped=\"{}\" "
-                       "time=\"{:.3f}\" timestamp=\"{}\">\n{}  </testsuite>\n",
-                       attribute(name), suite.tests, suite.failures, suite.errors, suite.skipped,
-                       suite.seconds, begun, suite.cases);
+        text +=
+            fmt::format("  <testsuite name=\"{}\" tests=\"{}\" failures=\"{}\" errors=\"{}\" skipped=\"{}\" "
+                        "time=\"{:.3f}\" timestamp=\"{}\">\n{}  </testsuite>\n",
+                        attribute(name), suite.tests, suite.failures, suite.errors, suite.skipped,
+                        suite.seconds, begun, suite.cases);
     }
     const std::string xml = fmt::format(
         "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuites name=\"umbra test\" tests=\"{}\" "

@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <iterator>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <fmt/ranges.h>
 
 namespace umbra {
@@ -53,19 +53,18 @@ std::string progress_line(const ProgressState& state, std::size_t columns) {
     constexpr std::size_t named = 16; // more fit on no terminal
     std::string line = position(state.done, state.total);
     if (state.failed != 0)
-        fmt::format_to(std::back_inserter(line), " {} failed", state.failed);
+        line += fmt::format(" {} failed", state.failed);
     if (state.done != 0 && state.done < state.total && state.elapsed >= 1s) {
         const double left = static_cast<double>(state.total - state.done) / static_cast<double>(state.done);
         const auto rounded = std::chrono::ceil<std::chrono::seconds>(state.elapsed * left);
-        fmt::format_to(std::back_inserter(line), "{} {} left", state.failed != 0 ? "," : "",
-                       rounded < 60s ? fmt::format("{} s", rounded.count()) : duration_text(rounded));
+        line += fmt::format("{} {} left", state.failed != 0 ? "," : "",
+                            rounded < 60s ? fmt::format("{} s", rounded.count()) : duration_text(rounded));
     }
     for (std::size_t i = 0; i < std::min(state.running.size(), named); ++i) {
         const ProgressState::Running& running = state.running[i];
         line += (i == 0 ? ": " : ", ") + printable_line(running.name);
         if (running.age >= 1s)
-            fmt::format_to(std::back_inserter(line), " ({} s)",
-                           std::chrono::floor<std::chrono::seconds>(running.age).count());
+            line += fmt::format(" ({} s)", std::chrono::floor<std::chrono::seconds>(running.age).count());
     }
     return clipped(line, columns);
 }
@@ -123,7 +122,7 @@ void Summary::add(const CaseResult& result) {
 std::string Summary::text(const RunSummary& summary) const {
     std::string text;
     const auto put = [&text]<class... Args>(fmt::format_string<Args...> format, Args&&... args) {
-        fmt::format_to(std::back_inserter(text), format, std::forward<Args>(args)...);
+        text += fmt::format(format, std::forward<Args>(args)...);
     };
     std::size_t consoles = 0;
     for (const auto& [name, attempts] : failing_or_repeated_) {

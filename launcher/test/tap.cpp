@@ -2,9 +2,7 @@
 
 #include "launcher/test/text.hpp"
 
-#include <iterator>
-
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra {
 namespace {
@@ -22,7 +20,7 @@ std::string escaped(std::string_view text) {
 
 void put_details(std::string& block, const CaseResult& result) {
     const auto put = [&block]<class... Args>(fmt::format_string<Args...> format, Args&&... args) {
-        fmt::format_to(std::back_inserter(block), format, std::forward<Args>(args)...);
+        block += fmt::format(format, std::forward<Args>(args)...);
     };
     if (!result.problems.empty())
         put("  message: {}\n", double_quoted(result.problems.front()));
@@ -66,9 +64,8 @@ void TapSink::ended(const CaseResult& result) {
     if (!good)
         put_details(text, result);
     if (result.attempts != 1)
-        fmt::format_to(std::back_inserter(text), "  attempt: {}\n", result.attempt);
-    fmt::format_to(std::back_inserter(text), "  duration_ms: {:.3f}\n  ...\n",
-                   static_cast<double>(result.wall.count()) / 1e3);
+        text += fmt::format("  attempt: {}\n", result.attempt);
+    text += fmt::format("  duration_ms: {:.3f}\n  ...\n", static_cast<double>(result.wall.count()) / 1e3);
     file_.write(text);
 }
 

@@ -3,7 +3,14 @@
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
+set(CMAKE_INSTALL_DEFAULT_COMPONENT_NAME program)
 install(TARGETS umbra RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+
+install(CODE "
+set(built [==[$<TARGET_FILE:umbra>]==])
+set(folder [==[${CMAKE_INSTALL_BINDIR}]==])
+set(objcopy [==[${CMAKE_OBJCOPY}]==])" COMPONENT debug)
+install(SCRIPT ${CMAKE_CURRENT_LIST_DIR}/debug.cmake COMPONENT debug)
 
 foreach(section IN ITEMS 1 5)
   install(DIRECTORY ${CMAKE_SOURCE_DIR}/launcher/man/ DESTINATION ${CMAKE_INSTALL_MANDIR}/man${section}
@@ -43,7 +50,9 @@ that it keeps for them in software; serves gdb and LLDB; runs folders of
 kernels as regression tests, with reports for CI servers; and finds TLB
 flushes that a kernel forgot.")
 set(CPACK_PACKAGING_INSTALL_PREFIX /usr)
-set(CPACK_STRIP_FILES ON)
+# The debug information becomes the package umbra-dbgsym, by Debian's name for it, in a file .ddeb.
+set(CPACK_INSTALL_CMAKE_PROJECTS "${CMAKE_BINARY_DIR};${PROJECT_NAME};program;/")
+set(CPACK_DEBIAN_DEBUGINFO_PACKAGE ON)
 # Folders have these rights whatever the umask of who makes the package.
 set(CPACK_INSTALL_DEFAULT_DIRECTORY_PERMISSIONS
   OWNER_READ OWNER_WRITE OWNER_EXECUTE GROUP_READ GROUP_EXECUTE WORLD_READ WORLD_EXECUTE)
@@ -51,6 +60,8 @@ set(CPACK_PRE_BUILD_SCRIPTS ${CMAKE_CURRENT_LIST_DIR}/debian.cmake)
 set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
 set(CPACK_DEBIAN_PACKAGE_SECTION devel)
 set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS ON)
-set(CPACK_DEBIAN_PACKAGE_RECOMMENDS gdb) # for `umbra debug`
+# For `umbra debug`, and for the emulated host on machines without KVM.
+set(CPACK_DEBIAN_PACKAGE_RECOMMENDS
+  "gdb, qemu-system-x86, qemu-system-common, linux-image-cloud-amd64 | linux-image-amd64")
 set(CPACK_DEBIAN_PACKAGE_SUGGESTS "bash-completion, cmake")
 include(CPack)

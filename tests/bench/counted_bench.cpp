@@ -5,7 +5,7 @@
 
 #include <filesystem>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra::bench {
 namespace {

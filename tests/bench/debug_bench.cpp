@@ -31,7 +31,7 @@
 #include <utility>
 #include <vector>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra::bench {
 namespace {

@@ -3,7 +3,7 @@
 #include "tests/bench/trap_floor.hpp"
 #include "vmm/loader/boot_params.hpp"
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra::bench {
 namespace {

@@ -15,7 +15,7 @@
 #include <span>
 #include <vector>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra::fuzz {
 

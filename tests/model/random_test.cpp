@@ -15,7 +15,7 @@
 #include <string>
 #include <type_traits>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <gtest/gtest-spi.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>

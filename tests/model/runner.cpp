@@ -4,7 +4,7 @@
 #include <csignal>
 #include <cstdio>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <gtest/gtest-spi.h>
 #include <sys/wait.h>
 #include <unistd.h>

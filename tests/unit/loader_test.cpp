@@ -15,7 +15,7 @@
 #include <vector>
 
 #include <elf.h>
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 

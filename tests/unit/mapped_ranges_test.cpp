@@ -6,7 +6,7 @@
 #include <ostream>
 #include <vector>
 
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <gtest/gtest.h>
 
 namespace umbra {

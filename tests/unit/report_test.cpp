@@ -12,7 +12,7 @@
 #include <string_view>
 
 #include <elf.h>
-#include <fmt/format.h>
+#include <fmt/core.h>
 #include <gtest/gtest.h>
 
 namespace umbra {

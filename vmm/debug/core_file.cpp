@@ -1,6 +1,7 @@
 #include "vmm/debug/core_file.hpp"
 
 #include "vmm/debug/mapped_ranges.hpp"
+#include "vmm/log.hpp"
 
 #include <elf.h>
 #include <fcntl.h>
@@ -17,8 +18,6 @@
 #include <ctime>
 #include <utility>
 #include <vector>
-
-#include <spdlog/spdlog.h>
 
 namespace umbra {
 namespace {
@@ -212,8 +211,7 @@ std::optional<std::string> write_core(const std::string& path, const VirtualCpu&
     if (!good || ::ftruncate(file.get(), static_cast<off_t>(offset)) != 0 || !file.publish())
         return std::strerror(errno);
     if (truncated)
-        spdlog::warn("the guest maps more than a core file can list: '{}' lacks some virtual addresses",
-                     path);
+        log_warning("the guest maps more than a core file can list: '{}' lacks some virtual addresses", path);
     return std::nullopt;
 }
 

@@ -1,6 +1,7 @@
 #include "vmm/debug/server.hpp"
 
 #include "vmm/error.hpp"
+#include "vmm/log.hpp"
 
 #include <algorithm>
 #include <array>
@@ -9,8 +10,7 @@
 #include <cstring>
 #include <utility>
 
-#include <fmt/format.h>
-#include <spdlog/spdlog.h>
+#include <fmt/core.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -118,7 +118,7 @@ void GdbServer::send(std::string_view bytes) {
     client_->unsent += bytes;
     flush();
     if (client_->unsent.size() > most_unsent) {
-        spdlog::warn("the debugger does not read what it is sent, and was disconnected");
+        log_warning("the debugger does not read what it is sent, and was disconnected");
         client_->gone = true;
     }
 }
@@ -316,7 +316,7 @@ void GdbServer::accept_client() {
         push(ServerEvent::Kind::connected, from);
         return;
     }
-    spdlog::warn("a second debugger (from {}) was refused: one is attached", from);
+    log_warning("a second debugger (from {}) was refused: one is attached", from);
     if (refused_.size() < most_refused)
         refused_.push_back({std::move(socket), Clock::now() + refusal_patience});
 }

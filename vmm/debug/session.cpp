@@ -1,6 +1,7 @@
 #include "vmm/debug/session.hpp"
 
 #include "vmm/debug/agent.hpp"
+#include "vmm/log.hpp"
 #include "vmm/machine.hpp"
 
 #include <algorithm>
@@ -9,8 +10,7 @@
 #include <functional>
 #include <tuple>
 
-#include <fmt/format.h>
-#include <spdlog/spdlog.h>
+#include <fmt/core.h>
 
 namespace umbra {
 namespace {
@@ -155,7 +155,7 @@ DebugFrontend::Serve GdbSession::serve() {
 std::optional<DebugFrontend::Serve> GdbSession::handle(const ServerEvent& event) {
     switch (event.kind) {
     case ServerEvent::Kind::connected:
-        spdlog::debug("a debugger is attached: {}", event.payload);
+        log_debug("a debugger is attached: {}", event.payload);
         connected_ = true;
         client_waits_ = physical_ = pause_ = false;
         set_width();

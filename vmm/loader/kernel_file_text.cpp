@@ -5,11 +5,10 @@
 #include "vmm/loader/setup_header.hpp"
 
 #include <algorithm>
-#include <iterator>
 #include <utility>
 
 #include <elf.h>
-#include <fmt/format.h>
+#include <fmt/core.h>
 
 namespace umbra {
 
@@ -23,8 +22,8 @@ class Text {
   public:
     template<class... Args>
     void line(std::string_view label, fmt::format_string<Args...> format, Args&&... args) {
-        fmt::format_to(std::back_inserter(text_), "{:{}}{:<12}", "", indent_, label);
-        fmt::format_to(std::back_inserter(text_), format, std::forward<Args>(args)...);
+        text_ += fmt::format("{:{}}{:<12}", "", indent_, label);
+        text_ += fmt::format(format, std::forward<Args>(args)...);
         text_ += '\n';
     }
     /// What a bzImage contains stands below it.
@@ -105,7 +104,7 @@ std::string note_row(const ElfNote& note) {
     constexpr std::size_t most_bytes = 24;
     std::string bytes;
     for (const std::byte byte : note.contents.first(std::min(note.contents.size(), most_bytes)))
-        fmt::format_to(std::back_inserter(bytes), " {:02x}", byte);
+        bytes += fmt::format(" {:02x}", byte);
     return fmt::format("{} {:#x}, {} bytes:{}{}", printable(note.name), note.type, note.contents.size(),
                        bytes, note.contents.size() > most_bytes ? " ..." : "");
 }
@@ -211,7 +210,7 @@ void write_bzimage(Text& text, const LinuxImage& image) {
 void write_kernel(Text& text, const KernelFile& kernel, std::span<const std::byte> file) {
     std::string protocols;
     for (const KernelProtocol protocol : kernel.protocols())
-        fmt::format_to(std::back_inserter(protocols), "{}{}", protocols.empty() ? "" : ", ", name(protocol));
+        protocols += fmt::format("{}{}", protocols.empty() ? "" : ", ", name(protocol));
     text.line("size", "{} bytes", kernel.size);
     text.line("protocols", "{}", protocols);
     text.rows("problems", kernel.problems, [](const KernelFile::Problem& problem) {
