@@ -16,7 +16,7 @@ bool in_ci() {
 }
 
 bool emulated_host() {
-    return std::getenv("UMBRA_TEST_EMULATED_HOST") != nullptr;
+    return std::getenv("UMBRA_EMULATED_HOST") != nullptr;
 }
 
 std::vector<std::string> words_for_guest(const std::string& engine) {

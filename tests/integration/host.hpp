@@ -11,7 +11,7 @@ namespace umbra {
 /// In continuous integration a test must not be skipped because something is missing that could be there.
 [[nodiscard]] bool in_ci();
 /// The host's own CPU is QEMU's software emulation, some of whose instructions are not exact: the environment
-/// says so by UMBRA_TEST_EMULATED_HOST.
+/// says so by UMBRA_EMULATED_HOST.
 [[nodiscard]] bool emulated_host();
 /// What a shipped guest is to be told of that on its command line (guest/runtime/boot.hpp): words that come
 /// last on umbra's own; none on exact hosts.

@@ -93,8 +93,7 @@ std::vector<Json> of_kind(const std::vector<Json>& events, const std::string& ki
     return found;
 }
 
-/// Well-formed by Python's parser, and valid by the project's schema, where both are there: not in a nested
-/// machine.
+/// Well-formed by Python's parser, and valid by the project's schema, where both are there.
 void expect_valid_junit(const std::string& file) {
     const std::string python = program_file("python3");
     if (!python.empty()) {

@@ -168,8 +168,8 @@ INSTANTIATE_TEST_SUITE_P(Kinds, PoolProtectionTest,
                          });
 
 TEST(PoolProtection, EmulatedMachineHasKeys) {
-    if (std::getenv("UMBRA_TEST_EMULATED_HOST") == nullptr)
-        GTEST_SKIP() << "not on the emulated machine of scripts/nested-kvm";
+    if (std::getenv("UMBRA_EMULATED_HOST") == nullptr)
+        GTEST_SKIP() << "not on an emulated host";
     EXPECT_EQ(best_pool_protection(), PoolProtection::protection_key) << "no test of keys has run";
 }
 
