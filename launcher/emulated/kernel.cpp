@@ -154,6 +154,8 @@ std::string choose(const Candidate& kernel, const std::string& kvm_parameters, H
     if (modules.has("9p") && modules.has("9pnet_virtio")) {
         modules.add("9pnet_virtio", {}, chosen.modules);
         modules.add("9p", {}, chosen.modules);
+    } else if (::geteuid() != 0) {
+        return "9p, which shares files without root's rights"; // virtiofsd needs them
     } else if (modules.has("virtiofs")) {
         chosen.sharing = Sharing::virtiofs;
         modules.add("virtiofs", {}, chosen.modules);

@@ -3,7 +3,6 @@
 #include "vmm/error.hpp"
 
 #include <fcntl.h>
-#include <sched.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -69,19 +68,6 @@ std::string find_program(const char* name, std::initializer_list<const char*> fo
     return {};
 }
 
-/// In the child: this user is root of a user namespace of its own, in which virtiofsd can do its work.
-bool become_root() {
-    const auto write_file = [](const char* path, const std::string& text) {
-        const File file(::open(path, O_WRONLY | O_CLOEXEC));
-        return ::write(file.get(), text.data(), text.size()) == static_cast<ssize_t>(text.size());
-    };
-    const uid_t user = ::geteuid();
-    const gid_t group = ::getegid();
-    return ::unshare(CLONE_NEWUSER) == 0 && write_file("/proc/self/setgroups", "deny") &&
-           write_file("/proc/self/uid_map", fmt::format("0 {} 1", user)) &&
-           write_file("/proc/self/gid_map", fmt::format("0 {} 1", group));
-}
-
 } // namespace
 
 // --- Helper
@@ -93,7 +79,6 @@ Helper::Helper(const std::vector<std::string>& command, const std::vector<int>& 
     for (const std::string& argument : command)
         arguments.push_back(const_cast<char*>(argument.c_str()));
     arguments.push_back(nullptr);
-    const bool wants_root = command.front().ends_with("virtiofsd") && ::geteuid() != 0;
     const pid_t parent = ::getpid();
     pid_ = ::fork();
     if (pid_ < 0)
@@ -110,7 +95,7 @@ Helper::Helper(const std::vector<std::string>& command, const std::vector<int>& 
         sigset_t none;
         sigemptyset(&none);
         (void)::sigprocmask(SIG_SETMASK, &none, nullptr);
-        if (::getppid() == parent && (!wants_root || become_root()))
+        if (::getppid() == parent)
             ::execv(arguments.front(), arguments.data());
         const std::string_view why = std::strerror(errno);
         (void)!::write(STDERR_FILENO, why.data(), why.size());
@@ -152,7 +137,7 @@ struct Parts {
             lacks("QEMU", "qemu-system-x86");
         if (const std::string kernel_lacks = find_host_kernel(nested_paging ? "npt=1" : "npt=0", kernel);
             !kernel)
-            lacks(kernel_lacks, "linux-image-cloud-amd64");
+            lacks(kernel_lacks, ::geteuid() == 0 ? "linux-image-cloud-amd64" : "linux-image-amd64");
         if (!missing.empty())
             cannot(fmt::format("the emulated host needs {}: apt-get install{}", missing, packages));
     }
@@ -231,8 +216,8 @@ EmulatedMachine::EmulatedMachine(const MachineConfig& config)
 File EmulatedMachine::share_files(std::vector<std::string>& arguments) {
     if (kernel_.sharing == Sharing::plan9) {
         arguments.insert(arguments.end(),
-                         {"-fsdev", "local,id=files,path=/,security_model=passthrough,multidevs=remap",
-                          "-device", "virtio-9p-pci,fsdev=files,mount_tag=umbra"});
+                         {"-fsdev", "local,id=files,path=/,security_model=none,multidevs=remap", "-device",
+                          "virtio-9p-pci,fsdev=files,mount_tag=umbra"});
         return {};
     }
     const std::string program = find_program("virtiofsd", {"/usr/lib/qemu", "/usr/libexec"});
