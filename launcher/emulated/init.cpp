@@ -160,7 +160,7 @@ struct Command {
         folder = std::move(strings.at(0));
         terminals = std::move(strings.at(1));
         debugger = std::move(strings.at(2));
-        const auto count = static_cast<std::size_t>(std::atol(strings.at(3).c_str()));
+        const auto count = std::strtoul(strings.at(3).c_str(), nullptr, 10);
         auto next = strings.begin() + 4;
         arguments.assign(next, next + static_cast<std::ptrdiff_t>(count));
         environment.assign(next + static_cast<std::ptrdiff_t>(count), strings.end());

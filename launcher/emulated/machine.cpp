@@ -72,8 +72,7 @@ std::string find_program(const char* name, std::initializer_list<const char*> fo
 
 // --- Helper
 
-Helper::Helper(const std::vector<std::string>& command, const std::vector<int>& passed, const File& log)
-    : pid_(-1) {
+Helper::Helper(const std::vector<std::string>& command, const std::vector<int>& passed, const File& log) {
     std::vector<char*> arguments;
     arguments.reserve(command.size() + 1);
     for (const std::string& argument : command)

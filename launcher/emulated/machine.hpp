@@ -33,7 +33,7 @@ class Helper {
     [[nodiscard]] std::string end() const;
 
   private:
-    pid_t pid_;
+    pid_t pid_ = -1;
     File handle_;
 };
 

@@ -5,7 +5,6 @@
 #include <array>
 #include <cerrno>
 #include <charconv>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -125,13 +124,22 @@ GdbListener::GdbListener(const GdbAddress& where) {
 
 std::optional<GdbListener> GdbListener::inherited() {
     const char* const text = std::getenv(inherited_variable);
-    int socket = -1, told = -1, address = 0;
-    if (text == nullptr || std::sscanf(text, "%d,%d,%n", &socket, &told, &address) != 2 || address == 0)
+    if (text == nullptr)
         return std::nullopt;
+    const std::string_view all(text);
+    const char* at = text;
+    std::array<int, 2> fds{};
+    for (int& fd : fds) {
+        const auto [end, error] = std::from_chars(at, text + all.size(), fd);
+        if (error != std::errc() || *end != ',')
+            return std::nullopt;
+        at = end + 1;
+    }
+    const auto [socket, told] = fds;
     for (const int fd : {socket, told})
         (void)::fcntl(fd, F_SETFD, FD_CLOEXEC);
     (void)::fcntl(socket, F_SETFL, O_NONBLOCK);
-    return GdbListener(File(socket), File(told), text + address);
+    return GdbListener(File(socket), File(told), at);
 }
 
 GdbListener::GdbListener(GdbListener&& other) noexcept
