@@ -107,8 +107,10 @@ bool without_devices() {
 
 TEST(UsageTest, HostWithoutKvmCannotRunGuests) {
     for (const Arguments& arguments :
-         {Arguments{"run", guest_file("hello")}, Arguments{"run", "--engine", "native", guest_file("hello")},
-          Arguments{"probe"}, Arguments{"probe", "--json"}}) {
+         {Arguments{"run", "--host", "kvm", guest_file("hello")},
+          Arguments{"run", "--host", "kvm", "--engine", "native", guest_file("hello")},
+          Arguments{"probe", "--host", "kvm"}, Arguments{"probe", "--host", "kvm", "--json"},
+          Arguments{"test", "--host", "kvm", guest_file("hello"), guest_file("fail")}}) {
         const Ended ended = Child(umbra_command(arguments), {.prepare = without_devices}).end();
         if (ended.exit_code == Child::not_prepared)
             GTEST_SKIP() << "this user can make no file system without /dev/kvm";
@@ -129,7 +131,8 @@ TEST(UsageTest, UserWithoutPermissionCannotRunGuests) {
         UMBRA_MISSING("there is no /dev/kvm");
     if ((kvm.st_mode & S_IROTH) != 0)
         GTEST_SKIP() << "here every user may open /dev/kvm";
-    const Ended ended = Child(umbra_command({"run", guest_file("hello")}), {.prepare = as_nobody}).end();
+    const Ended ended =
+        Child(umbra_command({"run", "--host", "kvm", guest_file("hello")}), {.prepare = as_nobody}).end();
     if (ended.exit_code == Child::not_prepared)
         GTEST_SKIP() << "only root can become another user";
     if (ended.exit_code == Child::not_started || ended.err.find("cannot read kernel") != std::string::npos)
