@@ -19,7 +19,7 @@ namespace umbra {
 
 /// How long these tests wait for what should come at once or in seconds: much longer than an emulated host
 /// takes.
-inline constexpr std::chrono::seconds patience{180};
+inline constexpr std::chrono::seconds patience{600};
 
 /// How a child ended, and what it wrote.
 struct Ended {
