@@ -225,9 +225,10 @@ void Session::handle_signals() {
 
 /// As what runs there, which the terminal (Ctrl-Z) has stopped; later both go on.
 void Session::stop_here() {
+    const bool was_raw = terminal_->taken();
     terminal_->restore();
     (void)::kill(0, SIGTSTP);
-    if (terminal_->taken() || ::tcgetpgrp(STDIN_FILENO) == ::getpgrp())
+    if (was_raw)
         terminal_->take();
     const char signal = SIGCONT;
     relay_.say(Say::signal, 0, std::string_view(&signal, 1));

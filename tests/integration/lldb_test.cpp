@@ -21,7 +21,7 @@ class LldbTest : public KvmTest {
     void SetUp() override {
         KvmTest::SetUp();
         if (emulated_host())
-            GTEST_SKIP() << "LLDB alone takes minutes to start on an emulated host";
+            GTEST_SKIP() << "LLDB has not been tried on an emulated host";
         if (!IsSkipped() && !HasFatalFailure() && lldb_file().empty())
             UMBRA_MISSING("lldb is not installed");
     }

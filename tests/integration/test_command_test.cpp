@@ -1034,7 +1034,7 @@ TEST_F(TestCommand, ABrowserShowsTheReport) {
     if (!fs::exists(script))
         GTEST_SKIP() << "the project's scripts are not on this machine";
     if (emulated_host())
-        GTEST_SKIP() << "the page is that of every host, and a browser takes minutes on this one";
+        GTEST_SKIP() << "the page is that of every host; browsers have not been tried on an emulated one";
     folder_.write(in_guests("good", "hello") + in_guests("bad", "triple"));
     ASSERT_EQ(folder_.test().exit_code, 1);
     ASSERT_EQ(Child(umbra_command({"report"}), folder_.setup()).end().exit_code, 0);
