@@ -331,17 +331,15 @@ TEST_F(GdbTest, CodeIsChangedByVisibleBreakpointsOnly) {
 
 // --- Watchpoints
 
-/// Guards make each instruction that touches the stack's page two traps. Under emulation the timer's handler
-/// then takes longer than its period, and the guest gets nowhere.
-std::vector<std::string> interruptions() {
-    return emulated_host() ? std::vector<std::string>{} : std::vector<std::string>{"ticks"};
-}
+/// Guards make each instruction that touches the stack's page a few traps. Of a handler that takes longer than
+/// the timer's period the guest would not get anywhere.
+const std::vector<std::string> interruptions{"slow-ticks"};
 
 /// Continues until finished() is reached, quickly.
 const std::string to_the_end = "while $rip != (void (*)())&finished\n  continue\nend\n";
 
 TEST_F(GdbTest, WatchpointsAreExact) {
-    Debugged guest("debug", {.words = interruptions()});
+    Debugged guest("debug", {.words = interruptions});
     run_gdb(guest, "debug",
             {
                 {"break finished", "^Breakpoint 1 at "},
@@ -372,7 +370,7 @@ TEST_F(GdbTest, WatchpointsAreExact) {
 }
 
 TEST_F(GdbTest, WatchpointsOfReads) {
-    Debugged guest("debug", {.words = interruptions()});
+    Debugged guest("debug", {.words = interruptions});
     run_gdb(guest, "debug",
             {
                 {"break finished", "^Breakpoint 1 at "},
@@ -392,7 +390,7 @@ TEST_F(GdbTest, WatchpointsOfReads) {
 
 TEST_F(GdbTest, WatchpointsTellTheHistory) {
     if (!emulated_host()) { // where 639 stops take minutes
-        Debugged guest("debug", {.words = interruptions()});
+        Debugged guest("debug", {.words = interruptions});
         run_gdb(guest, "debug",
                 {
                     {"break finished", "^Breakpoint 1 at "},
@@ -405,7 +403,7 @@ TEST_F(GdbTest, WatchpointsTellTheHistory) {
         guest.expect_pass();
     }
 
-    Debugged other("debug", {.words = interruptions()});
+    Debugged other("debug", {.words = interruptions});
     run_gdb(other, "debug",
             {
                 {"break finished", "^Breakpoint 1 at "},
@@ -419,7 +417,7 @@ TEST_F(GdbTest, WatchpointsTellTheHistory) {
 }
 
 TEST_F(GdbTest, WatchpointsOnTheStackAndInOneAddressSpace) {
-    Debugged guest("debug", {.words = interruptions()});
+    Debugged guest("debug", {.words = interruptions});
     run_gdb(guest, "debug",
             {
                 {"break triangle", "^Breakpoint 1 at "},
