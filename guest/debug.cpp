@@ -3,7 +3,8 @@
 // code that checks that nobody has changed it. Words of the command line choose what it does besides:
 //
 //   ticks      the timer interrupts 1000 times a second
-//   slow-ticks 20 times a second: a host of any speed can bear it, where a watchpoint makes each access to the
+//   slow-ticks 20 times a second: a host of any speed can bear it, where a watchpoint makes each access to
+//   the
 //              stack's page a few traps, and the handler's own among them
 //   wait       spins with interrupts disabled until `released` is not 0, which only a debugger sets
 //   idle       calls idle() again and again until then, and halts in between if the timer ticks

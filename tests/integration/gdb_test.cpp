@@ -331,8 +331,8 @@ TEST_F(GdbTest, CodeIsChangedByVisibleBreakpointsOnly) {
 
 // --- Watchpoints
 
-/// Guards make each instruction that touches the stack's page a few traps. Of a handler that takes longer than
-/// the timer's period the guest would not get anywhere.
+/// Guards make each instruction that touches the stack's page a few traps. Of a handler that takes longer
+/// than the timer's period the guest would not get anywhere.
 const std::vector<std::string> interruptions{"slow-ticks"};
 
 /// Continues until finished() is reached, quickly.
