@@ -27,7 +27,7 @@ std::string probe_table(const HostReport& report) {
 std::string probe_json(const HostReport& report) {
     nlohmann::ordered_json json{
         {"kind", report.kind},
-        {"resume", report.traits.resume == ResumeBy::iretq ? "iretq" : "system_registers"},
+        {"ring0", report.traits.native_ring0 ? "native" : "interpreted"},
         {"present_entries", report.traits.stores_seen ? "store" : "republish"},
         {"traits", nlohmann::ordered_json::object()},
     };

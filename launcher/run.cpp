@@ -489,11 +489,11 @@ Ending run_once(Session& session) {
     log_debug("{}: protocol {}, entered at {}, {} MB, {} engine", options.kernel, name(kernel.protocol),
               kernel.entry, session.memory_bytes >> 20, shadow ? "shadow" : "native");
     if (shadow)
-        log_debug("host: userspace stores {}, IOPL {}, CPUID {}, resumed by {}",
+        log_debug("host: userspace stores {}, IOPL {}, CPUID {}, ring 0 {}",
                   traits.stores_seen ? "seen" : "not seen",
                   traits.iopl_honoured ? "honoured" : "not honoured",
                   traits.cpuid_intercepted ? "intercepted" : "native",
-                  traits.resume == ResumeBy::iretq ? "iretq" : "system registers");
+                  traits.native_ring0 ? "native" : "interpreted");
 
     const auto timeout =
         options.timeout ? std::optional(std::chrono::duration<double>(*options.timeout)) : std::nullopt;

@@ -176,6 +176,7 @@ class Executor {
     Emulation load_segment_register(SegmentRegister which, std::uint16_t selector);
     Emulation pop_segment();
     Emulation load_far_pointer(SegmentRegister which);
+    Emulation examine_descriptor();
     Emulation far_transfer(bool call);
     Emulation far_return();
     Emulation interrupt_return();
@@ -482,6 +483,11 @@ Emulation Executor::execute() {
         return move();
     case ZYDIS_MNEMONIC_POP:
         return pop_segment();
+    case ZYDIS_MNEMONIC_LAR:
+    case ZYDIS_MNEMONIC_LSL:
+    case ZYDIS_MNEMONIC_VERR:
+    case ZYDIS_MNEMONIC_VERW:
+        return examine_descriptor();
     case ZYDIS_MNEMONIC_LFS:
         return load_far_pointer(SegmentRegister::fs);
     case ZYDIS_MNEMONIC_LGS:
@@ -1052,6 +1058,56 @@ Emulation Executor::load_far_pointer(SegmentRegister which) {
     if (auto fault = load_segment(*cpu_, *space_, which, selector))
         return raise(*fault);
     write_register(reg_operand(), instruction_.operand_width / 8U, offset);
+    return done();
+}
+
+/// LAR, LSL, VERR and VERW (Intel SDM vol. 2): ZF tells whether the descriptor is one that they know.
+Emulation Executor::examine_descriptor() {
+    std::uint16_t selector = 0;
+    if (auto fault = read_rm16(selector))
+        return raise(*fault);
+    VisibleDescriptor found;
+    if (auto fault = find_visible_descriptor(*cpu_, *space_, selector, found))
+        return raise(*fault);
+    const Segment& segment = found.segment;
+    // Among system descriptors: the TSS of 16 bits, its gates and the task gate are none in long mode.
+    const auto among = [&](std::initializer_list<std::uint8_t> types,
+                           std::initializer_list<std::uint8_t> legacy) {
+        const auto has = [&](std::initializer_list<std::uint8_t> list) {
+            return std::ranges::find(list, segment.type) != list.end();
+        };
+        return has(types) || (!in_long_mode(*cpu_) && has(legacy));
+    };
+    namespace type = descriptor_type;
+    bool known = found.raw.has_value();
+    std::optional<std::uint32_t> result;
+    switch (instruction_.mnemonic) {
+    case ZYDIS_MNEMONIC_LAR: {
+        constexpr std::uint32_t rights =
+            0x00f0'ff00; // the byte of the type and what is around the limit's bits
+        known = known &&
+                (!segment.system ||
+                 among({type::ldt, type::tss_available, type::tss_busy, type::call_gate},
+                       {type::tss_16_available, type::tss_16_busy, type::call_gate_16, type::task_gate}));
+        result = static_cast<std::uint32_t>(found.raw.value_or(0) >> 32) & rights;
+        break;
+    }
+    case ZYDIS_MNEMONIC_LSL:
+        known = known && (!segment.system || among({type::ldt, type::tss_available, type::tss_busy},
+                                                   {type::tss_16_available, type::tss_16_busy}));
+        result = segment.limit;
+        break;
+    case ZYDIS_MNEMONIC_VERR:
+        known = known && !segment.system && (!is_code(segment) || (segment.type & type::readable) != 0);
+        break;
+    default: // VERW
+        known = known && is_writable_data(segment);
+        break;
+    }
+    constexpr std::uint64_t zero_flag = 1U << 6;
+    cpu_->rflags = known ? cpu_->rflags | zero_flag : cpu_->rflags & ~zero_flag;
+    if (known && result)
+        write_register(reg_operand(), instruction_.operand_width / 8U, *result);
     return done();
 }
 

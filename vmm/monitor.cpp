@@ -65,7 +65,7 @@ MmuConfig mmu_config(const Machine& machine, const HostTraits& traits, const Mon
     // comparison of a table (tests/bench): 50 to 250 us where KVM interprets ring 0 and shadows our tables in
     // turn, and some exits elsewhere, against 0.05 to 0.1 us.
     constexpr unsigned trap_cost_interpreted = 1000, trap_cost_native = 60;
-    config.trap_cost = traits.resume == ResumeBy::system_registers ? trap_cost_interpreted : trap_cost_native;
+    config.trap_cost = traits.native_ring0 ? trap_cost_native : trap_cost_interpreted;
     if (options.sync)
         config.sync = *options.sync;
     if (options.prefetch)
@@ -189,7 +189,7 @@ Verdict Monitor::run(RunControl& control) {
     if (debugger_ && debugger_->frontend().wants_pause())
         verdict = stand_still(control);
     if (!verdict)
-        enter();
+        verdict = enter();
     while (!verdict)
         verdict = handle_exit(vcpu.run(), control);
     if (debugger_)
@@ -199,14 +199,17 @@ Verdict Monitor::run(RunControl& control) {
 }
 
 /// Puts the virtual CPU's state into the machine, which then only needs to be run.
-void Monitor::enter() {
+Monitor::Step Monitor::enter() {
     tell_alignment_check(); // may have been changed by an emulated instruction
     MachineState state = mmu_.enter(cpu_.cpl == 3);
     if (placed_slot_ != state.reserved_slot) {
         placed_slot_ = state.reserved_slot;
         switcher_.place(placed_slot_);
     }
-    const bool sleeping = cpu_.halted && state.debt.none(); // with a debt: wakes at once, as a CPU may
+    // Where ring 0 goes on with the guest, a debt wakes it at once, as a CPU may.
+    const bool sleeping = cpu_.halted && (state.debt.none() || traits_.own_gdt);
+    if (cpu_.halted) // a signal may have ended its sleep: the switcher cannot run in it
+        machine_.vcpu().wake();
     const std::uint64_t flags = cpu_.rflags, rip = cpu_.rip;
     single_step_ = table_write_.has_value();
     interrupts_held_ = false;
@@ -224,21 +227,26 @@ void Monitor::enter() {
         cpu_.rflags |= rflags::trap;
     if (interrupts_held_)
         cpu_.rflags &= ~rflags::interrupt;
-    switcher_.enter(cpu_, state.root, state.debt, pool_, std::exchange(native_access_, std::nullopt));
+    const bool entered =
+        switcher_.enter(cpu_, state.root, state.debt, pool_, std::exchange(native_access_, std::nullopt));
     state.debt.paid();
     cpu_.rflags = flags;
     cpu_.rip = rip;
+    if (!entered)
+        return stop(Verdict::Kind::host_failed,
+                    "the switcher did not do its work: " + machine_.vcpu().describe_exit());
+    if (std::exchange(interrupt_shadow_, false))
+        machine_.vcpu().set_interrupt_shadow(true);
     if (sleeping)
         machine_.vcpu().halt();
-    else if (cpu_.halted) // a signal may have ended its sleep: the switcher cannot run in it
-        machine_.vcpu().wake();
+    return std::nullopt;
 }
 
 Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     Vcpu& vcpu = machine_.vcpu();
     begin_trap();
     // In ring 0 the machine is in the switcher: at the end of a trap, or on its way into the guest.
-    const bool in_ring0 = (vcpu.selector(SegmentName::cs) & 3) == 0;
+    const bool in_ring0 = switcher_.in_ring0();
     const bool trapped = reason == ExitReason::port && in_ring0 && vcpu.port_exit().port == TRAP_PORT;
     Trap trap;
     if (trapped || !in_ring0) {
@@ -291,7 +299,7 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
             verdict = ending;
     }
     if (!verdict && !entered)
-        enter();
+        verdict = enter();
     if constexpr (audit_every_entry) {
         if (auto broken = mmu_.audit(); broken && !verdict)
             verdict = stop(Verdict::Kind::host_failed, "audit: " + *broken);
@@ -402,6 +410,7 @@ Monitor::Step Monitor::handle_trap(const Trap& trap) {
         last_fill_ = {};
         return handle_syscall();
     case Trap::Kind::vector:
+    case Trap::Kind::descriptor:
         break;
     case Trap::Kind::none:
     case Trap::Kind::broken:
@@ -607,8 +616,7 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
     return std::visit(
         Overloaded{
             [&](const emulated::Done& done) -> Step {
-                if (done.interrupt_shadow)
-                    machine_.vcpu().set_interrupt_shadow(true);
+                interrupt_shadow_ = done.interrupt_shadow;
                 refresh_control();
                 if (cpu_.gdtr.base != gdtr.base || cpu_.gdtr.limit != gdtr.limit)
                     mmu_.set_trap_user_fetch(has_untrapped_user_code());

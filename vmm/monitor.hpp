@@ -59,7 +59,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     Step begin_table_write(const Trap& trap, Access access, GuestPhys slot);
     void finish_table_write();
     [[nodiscard]] Origin origin() const { return {trap_.rip, trap_.start, log_.added()}; }
-    void enter();
+    [[nodiscard]] Step enter();
     void refresh_control();
     void tell_alignment_check() { mmu_.set_alignment_check((cpu_.rflags & rflags::alignment_check) != 0); }
     [[nodiscard]] bool has_untrapped_user_code();
@@ -104,6 +104,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     bool end_dead_halt_; ///< MonitorOptions::end_stuck
     std::optional<Debugger> debugger_;
     std::optional<Event> held_event_; ///< caught by the debugger, to be delivered when the guest goes on
+    bool interrupt_shadow_ = false;   ///< of the next entry
     bool single_step_ = false;        ///< the guest was entered for one instruction
     bool interrupts_held_ = false;    ///< and for that, without EFLAGS.IF
     bool was_halted_ = false;         ///< when the trap came

@@ -62,6 +62,8 @@ std::string describe(const Trap& trap, ScratchMachine& scratch) {
         return name(trap.vector) + (trap.error_code ? fmt::format("({:#x})", *trap.error_code) : "");
     case Trap::Kind::syscall:
         return "a system call";
+    case Trap::Kind::descriptor:
+        return fmt::format("a look at descriptor {:#x}", trap.error_code.value_or(0));
     case Trap::Kind::none:
     case Trap::Kind::broken:
         break;
@@ -88,13 +90,10 @@ double median_ns(std::size_t times, Action action) {
     return *middle;
 }
 
-template<ResumeBy means>
 Finding round_trip(const Kvm& kvm, const HostTraits& traits) {
     ScratchMachine scratch(kvm, traits);
-    scratch.resume_by(means);
     const double time = median_ns(300, [&] { (void)scratch.completes({}); });
-    return {fmt::format("{:.1f} us", time / 1000),
-            traits.resume == means ? "what each intercepted instruction or fault costs" : "not used"};
+    return {fmt::format("{:.1f} us", time / 1000), "what each intercepted instruction or fault costs"};
 }
 
 Finding ring0_instruction(const Kvm& kvm, const HostTraits& traits) {
@@ -112,7 +111,9 @@ Finding ring0_instruction(const Kvm& kvm, const HostTraits& traits) {
 }
 
 Finding ring0_trap(const Kvm& kvm, const HostTraits& traits) {
-    ScratchMachine scratch(kvm, traits);
+    HostTraits with_descriptors = traits; // of CS and SS, for its `iretq`
+    with_descriptors.own_gdt = false;
+    ScratchMachine scratch(kvm, with_descriptors);
     constexpr std::array<std::uint8_t, 7> skip_two{0x48, 0x83, 0x04, 0x24,
                                                    0x02, 0x48, 0xcf}; // addq $2, (%rsp); iretq
     std::ranges::copy(std::as_bytes(std::span(skip_two)),
@@ -212,14 +213,19 @@ Finding syscall(const Kvm& /*kvm*/, const HostTraits& traits) {
 Finding code_segment(const Kvm& kvm, const HostTraits& traits) {
     ScratchMachine scratch(kvm, traits);
     constexpr std::array<std::uint8_t, 2> mov_cs{0x8c, 0xc8};
+    constexpr std::uint16_t own = 0x10;
+    scratch.cpu.cs.selector = own;
     if (!scratch.completes(mov_cs))
         return unknown("it traps");
     return {fmt::format("{:#x}", scratch.cpu[Gpr::rax]),
-            "what a kernel sees that reads its CS; not its own selector"};
+            traits.rpl_hidden ? "a kernel sees its own selectors"
+            : traits.own_gdt  ? "a kernel sees its own selectors, but with RPL 3"
+                              : "what a kernel sees that reads its CS; not its "
+                                "own selector"};
 }
 
 Finding gdt(const Kvm& /*kvm*/, const HostTraits& traits) {
-    return traits.own_gdt ? Finding{"the switcher's", "iretq to a program traps at its selector"}
+    return traits.own_gdt ? Finding{"the switcher's", "whatever looks at a descriptor traps"}
                           : Finding{"the host's",
                                     "iretq to a program traps at its first instruction; some loads never do"};
 }
@@ -401,9 +407,7 @@ struct Experiment {
 };
 
 constexpr std::array experiments{
-    Experiment{"trap_by_system_registers", "trap round trip, resumed by registers",
-               round_trip<ResumeBy::system_registers>},
-    Experiment{"trap_by_iretq", "trap round trip, resumed by iretq", round_trip<ResumeBy::iretq>},
+    Experiment{"trap", "trap round trip", round_trip},
     Experiment{"ring0_instruction", "an instruction in ring 0", ring0_instruction},
     Experiment{"ring0_trap", "trap resumed in ring 0", ring0_trap},
     Experiment{"iopl", "IOPL 3 honoured at CPL 3", iopl},
@@ -435,7 +439,7 @@ constexpr std::array experiments{
 };
 
 std::string kind(const HostTraits& traits) {
-    if (traits.resume == ResumeBy::system_registers)
+    if (!traits.native_ring0)
         return "interprets the machine's ring 0, like a KVM for hosts without hardware virtualization";
     if (traits.stores_seen)
         return "runs ring 0 natively and lets the CPU walk our tables, like kvm_amd with NPT or kvm_intel "
@@ -445,8 +449,7 @@ std::string kind(const HostTraits& traits) {
 }
 
 std::string strategy(const HostTraits& traits) {
-    return fmt::format("resumes guests by {}; changes present entries by {}",
-                       traits.resume == ResumeBy::iretq ? "iretq" : "system registers",
+    return fmt::format("changes present entries by {}",
                        traits.stores_seen ? "plain stores" : "stores that ring 0 republishes");
 }
 

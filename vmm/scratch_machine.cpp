@@ -80,9 +80,11 @@ Trap ScratchMachine::run(std::span<const std::uint8_t> code, std::uint8_t cpl) {
     std::ranges::copy(code, reinterpret_cast<std::uint8_t*>(ram_.bytes().data() + code_address));
     cpu.rip = code_address;
     cpu.cpl = cpl;
-    switcher_.enter(cpu, pool_.frame(root_), debt, pool_, access);
+    const bool entered = switcher_.enter(cpu, pool_.frame(root_), debt, pool_, access);
     debt.paid();
     access.reset();
+    if (!entered)
+        return {.kind = Trap::Kind::broken, .error_code = {}, .address = {}};
     exit_ = machine_.run();
     return switcher_.leave(cpu);
 }

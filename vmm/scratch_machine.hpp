@@ -59,8 +59,6 @@ class ScratchMachine {
     /// The table that entry() is in, and another one that maps nothing.
     [[nodiscard]] TableIndex table() const { return table_; }
     [[nodiscard]] TableIndex spare_table() const { return spare_; }
-    /// Enters the guest anew by the other means.
-    void resume_by(ResumeBy means) { switcher_.resume_by(means); }
 
   private:
     MonitorMemory memory_;

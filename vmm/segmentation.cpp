@@ -162,6 +162,21 @@ std::optional<Exception> read_descriptor(const VirtualCpu& cpu, const GuestSpace
     return std::nullopt;
 }
 
+std::optional<Exception> find_visible_descriptor(const VirtualCpu& cpu, const GuestSpace& space,
+                                                 std::uint16_t selector, VisibleDescriptor& into) {
+    into = {};
+    GuestVirt at;
+    if (locate(cpu, selector, descriptor_size, 0, at)) // null, or outside its table
+        return std::nullopt;
+    std::uint64_t raw = 0;
+    if (auto exception = space.read(at, raw))
+        return exception->vector == Vector::page_fault ? exception : std::nullopt;
+    const Segment found = parse(selector, raw);
+    if (is_conforming(found) || (cpu.cpl <= found.dpl && selector::rpl(selector) <= found.dpl))
+        into = {.raw = raw, .segment = found};
+    return std::nullopt;
+}
+
 std::optional<Exception> mark_accessed(const VirtualCpu& cpu, const GuestSpace& space, Segment& segment) {
     if ((segment.type & descriptor_type::accessed) != 0)
         return std::nullopt;

@@ -78,6 +78,18 @@ inline constexpr std::uint8_t accessed = 1, writable = 2, readable = 2, expand_d
                                                        std::uint16_t selector, Segment& into,
                                                        std::uint32_t ext = 0);
 
+/// What LAR, LSL, VERR and VERW find by `selector` (Intel SDM vol. 2A, LAR): its descriptor, or nothing if it
+/// names none that exists, or that the CPU's level and the selector's RPL may know of. Gates, and system
+/// segments of 16 bits in long mode, are for the caller to refuse. A page fault in the table is one of the
+/// instruction.
+struct VisibleDescriptor {
+    std::optional<std::uint64_t> raw; ///< its first eight bytes
+    Segment segment;                  ///< the same, taken apart
+};
+[[nodiscard]] std::optional<Exception> find_visible_descriptor(const VirtualCpu& cpu, const GuestSpace& space,
+                                                               std::uint16_t selector,
+                                                               VisibleDescriptor& into);
+
 /// Sets the accessed bit of the descriptor that `segment` was read from, in memory and in `segment`.
 [[nodiscard]] std::optional<Exception> mark_accessed(const VirtualCpu& cpu, const GuestSpace& space,
                                                      Segment& segment);

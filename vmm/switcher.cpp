@@ -2,14 +2,15 @@
 
 #include "vmm/error.hpp"
 #include "vmm/kvm/kvm.hpp"
+#include "vmm/segmentation.hpp"
 #include "vmm/switcher_layout.h"
 
 #include <cstring>
 
 extern "C" {
 extern const std::byte umbra_switcher_begin[], umbra_switcher_end[];
-extern const std::byte umbra_switcher_syscall[], umbra_switcher_republish[], umbra_switcher_switch[],
-    umbra_switcher_return[];
+extern const std::byte umbra_switcher_syscall[], umbra_switcher_done[], umbra_switcher_return[];
+extern const std::byte umbra_switcher_republish[], umbra_switcher_switch[];
 extern const std::byte umbra_switcher_in8[], umbra_switcher_in16[], umbra_switcher_in32[];
 extern const std::byte umbra_switcher_out8[], umbra_switcher_out16[], umbra_switcher_out32[];
 }
@@ -27,17 +28,23 @@ constexpr std::size_t pool_page = 5;      // directory of the pool's 2 MB pages
 constexpr std::size_t first_block = 16;   // vCPU blocks from here on
 constexpr std::size_t area_pages = MonitorMemory::switcher_bytes / page_size;
 
-// The pages of a vCPU's block.
-constexpr std::size_t gdt_page = 0, idt_page = 1, tss_page = 2, stack_page = 4;
+// The pages of a vCPU's block. Of those of the GDT the last one is there, with the switcher's descriptors at
+// its start, which are the last that the GDT has; of those of the LDT none.
+constexpr std::size_t idt_page = 0, tss_page = 1, gdt_page = 2, gdt_end_page = gdt_page + 16,
+                      ldt_page = gdt_end_page + 1, stack_page = ldt_page + 17;
+constexpr std::size_t descriptor_table_bytes = 16 * page_size; ///< as many as a selector can name
 
 /// Where the pool is mapped, from the start of the reserved slot: its own entry of the slot's PDPT.
 constexpr std::size_t pool_offset = std::size_t{1} << 30;
 
-// The machine's segments, at the end of the GDT, where guests have none of their own. A guest that reads CS
-// or SS sees these selectors; what it loads them into is then the same segment, as it should be.
-constexpr std::uint16_t ring0_cs = 0xfc0, ring0_ss = 0xfc8,
-                        task = 0xfd0; // `syscall` wants SS right behind CS
-constexpr std::uint16_t guest_ss = Switcher::own_data, guest_cs = 0xfe8 | 3;
+// The switcher's own segments.
+constexpr std::uint16_t ring0_cs = 0xffe0, ring0_ss = 0xffe8, // `syscall` wants SS right behind CS
+    task = 0xfff0;
+constexpr std::size_t own_descriptor_bytes = 0x10000 - ring0_cs;
+
+// What 32-bit code runs with where the machine's GDT is not the one in force, but KVM's, which interprets
+// such code, looks at it: the first page of the GDT is there then, with what the guest runs with.
+constexpr std::uint16_t interpreted_ss = 0xfd0 | 3, interpreted_cs = 0xfd8 | 3;
 
 constexpr std::uint32_t msr_star = 0xc0000081, msr_lstar = 0xc0000082, msr_cstar = 0xc0000083,
                         msr_fmask = 0xc0000084;
@@ -136,7 +143,7 @@ SwitcherRegion::SwitcherRegion(MonitorMemory& memory, unsigned vcpus)
         set(table_page, page, ShadowEntry(frame(page), reads));
     for (unsigned vcpu = 0; vcpu < vcpus; ++vcpu) {
         const std::size_t block = first_block + vcpu * block_pages_;
-        for (const std::size_t page : {gdt_page, idt_page, tss_page})
+        for (const std::size_t page : {gdt_end_page, idt_page, tss_page})
             set(table_page, block + page, ShadowEntry(frame(block + page), reads | entry_bit::no_execute));
         for (std::size_t page = stack_page; page + 1 < block_pages_; ++page) // the last one is a guard
             set(table_page, block + page, ShadowEntry(frame(block + page), writes | entry_bit::no_execute));
@@ -166,17 +173,49 @@ Switcher::Switcher(SwitcherRegion& region, Vcpu& machine, const HostTraits& trai
     : memory_(region.memory_), machine_(machine), traits_(traits),
       block_((first_block + id * region.block_pages_) * page_size),
       stack_top_(block_ + (region.block_pages_ - 1) * page_size) {
-    for (const Segment& segment : {flat(ring0_cs, true, 0), flat(ring0_ss, false, 0),
-                                   flat(guest_ss, false, 3), flat(guest_cs, true, 3)})
+    for (const Segment& segment : {flat(ring0_cs, true, 0), flat(ring0_ss, false, 0)})
         set_descriptor(segment);
+    if (!traits_.own_gdt) {
+        const std::size_t page = block_ / page_size + gdt_page;
+        *at<ShadowEntry>(memory_.switcher(), table_page * page_size + page * sizeof(ShadowEntry)) =
+            ShadowEntry((memory_.base() + page * page_size).frame(),
+                        entry_bit::present | entry_bit::accessed | entry_bit::dirty | entry_bit::no_execute);
+    }
     // As after a trap: what the machine's reset leaves, real-mode selectors, could be taken for ring 0.
     machine_.set_segment(SegmentName::cs, flat(ring0_cs, true, 0));
     machine_.set_segment(SegmentName::ss, flat(ring0_ss, false, 0));
 }
 
+/// The GDT ends a little behind the start of its last page, and so begins a little behind that of its first.
+GuestVirt Switcher::gdt_base() const {
+    return GuestVirt(address(block_ + gdt_page * page_size + own_descriptor_bytes));
+}
+
+GuestVirt Switcher::ldt_base() const {
+    return GuestVirt(address(block_ + ldt_page * page_size));
+}
+
+/// What names the descriptor at an address, but for its RPL.
+std::optional<std::uint16_t> Switcher::selector_of(GuestVirt descriptor) const {
+    const auto within = [descriptor](GuestVirt table) -> std::optional<std::uint16_t> {
+        const std::uint64_t offset = descriptor.value() - table.value();
+        return offset < descriptor_table_bytes
+                   ? std::optional(static_cast<std::uint16_t>(offset & ~std::uint64_t{7}))
+                   : std::nullopt;
+    };
+    if (const auto local = within(ldt_base()))
+        return static_cast<std::uint16_t>(*local | selector::local);
+    return within(gdt_base());
+}
+
 void Switcher::set_descriptor(const Segment& segment) {
-    const std::size_t offset = segment.selector & ~std::uint16_t{7};
-    *at<std::uint64_t>(memory_.switcher(), block_ + gdt_page * page_size + offset) = descriptor(segment);
+    const std::size_t offset = segment.selector & ~std::size_t{7};
+    *at<std::uint64_t>(memory_.switcher(), block_ + gdt_page * page_size + own_descriptor_bytes + offset) =
+        descriptor(segment);
+}
+
+bool Switcher::in_ring0() const {
+    return machine_.segment(SegmentName::ss).dpl == 0;
 }
 
 std::uint64_t Switcher::address(std::size_t offset) const {
@@ -204,13 +243,14 @@ void Switcher::place(unsigned slot) {
     std::memcpy(area.data() + block_ + tss_page * page_size + 4, &top, sizeof(top));
     const std::uint16_t bitmap = tss_limit + 1;
     std::memcpy(area.data() + block_ + tss_page * page_size + 102, &bitmap, sizeof(bitmap));
-    auto* tss_descriptor = at<std::array<std::uint64_t, 2>>(area, block_ + gdt_page * page_size + task);
+    auto* tss_descriptor =
+        at<std::array<std::uint64_t, 2>>(area, block_ + gdt_page * page_size + own_descriptor_bytes + task);
     (*tss_descriptor)[0] =
         tss_limit | (tss & 0xff'ffff) << 16 | std::uint64_t{0x8b} << 40 | (tss >> 24 & 0xff) << 56;
     (*tss_descriptor)[1] = tss >> 32;
 
     machine_.set_descriptor_tables(
-        {.base = GuestVirt(address(block_ + gdt_page * page_size)), .limit = page_size - 1},
+        {.base = gdt_base(), .limit = descriptor_table_bytes - 1},
         {.base = GuestVirt(address(block_ + idt_page * page_size)), .limit = page_size - 1});
     Segment tr;
     tr.selector = task;
@@ -222,10 +262,14 @@ void Switcher::place(unsigned slot) {
     machine_.set_segment(SegmentName::tr, tr);
     // KVM's reset leaves an LDT of 64 KB at address 0. What lies there is the guest's: it would be a table of
     // its own making that the machine obeys, with call gates into ring 0.
-    Segment no_ldt;
-    no_ldt.type = 0x2;
-    no_ldt.system = true;
-    machine_.set_segment(SegmentName::ldt, no_ldt);
+    Segment ldt;
+    ldt.selector = task; // any that is not null
+    ldt.base = ldt_base().value();
+    ldt.limit = descriptor_table_bytes - 1;
+    ldt.type = descriptor_type::ldt;
+    ldt.present = true;
+    ldt.system = true;
+    machine_.set_segment(SegmentName::ldt, ldt);
 
     syscall_entry_ = address(image_page * page_size + image_offset(umbra_switcher_syscall));
     const bool set = machine_.write_msr(msr_star, std::uint64_t{ring0_cs} << 32) &&
@@ -325,11 +369,19 @@ Trap Switcher::leave(VirtualCpu& cpu) {
     // Where `syscall` stays at CPL 3, the fetch from LSTAR's supervisor page is the trap.
     if (!traits_.syscall_to_ring0 && frame.rip == syscall_entry_ && trap.address.value() == syscall_entry_)
         return syscall();
+    const auto fault = static_cast<std::uint8_t>(Vector::page_fault);
+    if (trap.vector == fault && trap.error_code && (*trap.error_code & PageFault::user) == 0) {
+        if (const auto selector = selector_of(trap.address)) {
+            trap.kind = Trap::Kind::descriptor;
+            trap.vector = static_cast<std::uint8_t>(Vector::general_protection);
+            trap.error_code = *selector;
+        }
+    }
     return finish(trap);
 }
 
-/// What the guest has loaded without a trap: the bases of FS and GS, null selectors, and the machine's CS and
-/// SS, whose selectors it can read.
+/// What the guest has loaded without a trap: the bases of FS and GS, null selectors, and where KVM interprets
+/// its code, the machine's CS and SS.
 void Switcher::take_segments(VirtualCpu& cpu) {
     cpu.fs.base = machine_.segment_base(SegmentName::fs);
     cpu.gs.base = machine_.segment_base(SegmentName::gs);
@@ -342,9 +394,9 @@ void Switcher::take_segments(VirtualCpu& cpu) {
         if (selector == known.selector)
             continue;
         known = Segment{.selector = selector};
-        if ((selector | 3) == stack_.selector)
+        if (!traits_.own_gdt && (selector | 3) == stack_.selector)
             *segment = cpu.ss;
-        else if ((selector | 3) == code_.selector)
+        else if (!traits_.own_gdt && (selector | 3) == code_.selector)
             *segment = cpu.cs;
         else
             *segment = Segment{.selector = selector, .base = segment->base};
@@ -371,18 +423,28 @@ void Switcher::put_segments(const VirtualCpu& cpu) {
 }
 
 /// The machine's CS and SS for `cpu`: flat for 64-bit code, where no more than that counts, and otherwise the
-/// guest's own with the machine's selectors.
+/// guest's own; with the guest's selectors, unless those of the host's GDT are the only ones.
 void Switcher::choose_code_and_stack(const VirtualCpu& cpu) {
-    Segment code = flat(traits_.own_gdt ? guest_cs : host_user_code, true, 3);
-    Segment stack = flat(traits_.own_gdt ? guest_ss : host_user_data, false, 3);
+    const std::uint16_t rpl = traits_.rpl_hidden ? 0 : 3;
+    std::uint16_t cs = cpu.cs.selector | rpl, ss = cpu.ss.selector | rpl;
+    if (!traits_.own_gdt) {
+        cs = cpu.cs.long_mode ? host_user_code : interpreted_cs;
+        ss = cpu.cs.long_mode ? host_user_data : interpreted_ss;
+    }
+    Segment code = flat(cs, true, 3), stack = flat(ss, false, 3);
     if (!cpu.cs.long_mode) {
-        code = for_machine(cpu.cs, guest_cs);
-        stack = for_machine(cpu.ss, guest_ss);
-        if (!cpu.ss.present) { // left behind by 64-bit code: nothing can be accessed by it
-            stack = flat(guest_ss, false, 3);
+        code = for_machine(cpu.cs, cs);
+        if (cpu.ss.present) {
+            stack = for_machine(cpu.ss, ss);
+        } else { // left behind by 64-bit code: nothing can be accessed by it
             stack.limit = 0;
             stack.granularity = false;
         }
+    }
+    if (traits_.own_gdt) {
+        code_ = code;
+        stack_ = stack;
+        return;
     }
     // The GDT holds these two and no others of CPL 3: any load of another selector traps.
     const auto replace = [this](Segment& old, const Segment& now) {
@@ -397,78 +459,80 @@ void Switcher::choose_code_and_stack(const VirtualCpu& cpu) {
     replace(stack_, stack);
 }
 
-void Switcher::enter(const VirtualCpu& cpu, MachineFrame root, const Debt& debt, const TablePool& pool,
+bool Switcher::enter(VirtualCpu& cpu, MachineFrame root, const Debt& debt, const TablePool& pool,
                      std::optional<NativePortAccess> access) {
     const Segment old_code = code_, old_stack = stack_;
     choose_code_and_stack(cpu);
-    const bool in_ring0 = (machine_.selector(SegmentName::cs) & 3) == 0;
     if (root_ == MachineFrame() || debt.root_gone) // ring-0 code needs tables from its first instruction on
         machine_.set_cr3(root);
-    const bool switching = root != root_;
     put_segments(cpu);
     machine_.write_gprs(cpu.gpr);
     alignment_flag_hidden_ = std::exchange(hide_alignment_flag_, false);
     if (alignment_checks_ != wants_alignment_checks(cpu))
         set_alignment_checks(cpu);
 
-    const bool through_ring0 =
-        !debt.none() || access || (traits_.resume == ResumeBy::iretq && in_ring0 && !cpu.halted);
-    if (!through_ring0) {
-        if (switching)
-            machine_.set_cr3(root);
-        if (in_ring0 || code_ != old_code)
-            machine_.set_segment(SegmentName::cs, code_);
-        if (in_ring0 || stack_ != old_stack)
-            machine_.set_segment(SegmentName::ss, stack_);
-        machine_.set_rip(cpu.rip);
-        machine_.set_rflags(machine_flags(cpu));
+    if (!debt.none() || access) {
+        prepare_work(cpu, root, debt, pool, access);
         root_ = root;
-        return;
+        if (!traits_.own_gdt)
+            return true; // ring 0 goes on with the guest
+        if (!finish_work())
+            return false;
+        if (access && !access->write)
+            cpu[Gpr::rax] = machine_.gpr(Gpr::rax);
+        machine_.write_gprs(cpu.gpr);
     }
+    if (root != root_)
+        machine_.set_cr3(root);
+    const bool from_ring0 = in_ring0();
+    if (from_ring0 || code_ != old_code)
+        machine_.set_segment(SegmentName::cs, code_);
+    if (from_ring0 || stack_ != old_stack)
+        machine_.set_segment(SegmentName::ss, stack_);
+    machine_.set_rip(cpu.rip);
+    machine_.set_rflags(machine_flags(cpu));
+    root_ = root;
+    return true;
+}
 
-    if (!in_ring0) {
+/// Puts the machine in ring 0, where it goes from routine to routine as the stack says. The last one leads
+/// out again; where the machine's GDT is not ours, into the guest.
+void Switcher::prepare_work(const VirtualCpu& cpu, MachineFrame root, const Debt& debt, const TablePool& pool,
+                            std::optional<NativePortAccess> access) {
+    if (!in_ring0()) {
         machine_.set_segment(SegmentName::cs, flat(ring0_cs, true, 0));
         machine_.set_segment(SegmentName::ss, flat(ring0_ss, false, 0));
     }
-    machine_.set_rflags(rflags::fixed); // no interrupts before the last instruction
+    machine_.set_rflags(rflags::fixed); // no interrupts
     const auto area = memory_.switcher();
     std::size_t stack = stack_top_;
     const auto push = [&](std::uint64_t value) {
         stack -= sizeof(value);
         *at<std::uint64_t>(area, stack) = value;
     };
-    const auto run = [&](const std::byte* routine) {
-        machine_.set_rip(address(image_page * page_size + image_offset(routine)));
+    const auto address_of = [&](const std::byte* routine) {
+        return address(image_page * page_size + image_offset(routine));
     };
-    push(stack_.selector);
-    push(cpu[Gpr::rsp]);
-    push(machine_flags(cpu));
-    push(code_.selector);
-    push(cpu.rip);
-    const bool paying = switching || !debt.none();
+    const std::byte* first = traits_.own_gdt ? umbra_switcher_done : umbra_switcher_return;
+    const auto before = [&](const std::byte* routine,
+                            auto... items) { // the last item is the first to be popped
+        push(address_of(std::exchange(first, routine)));
+        (push(items), ...);
+    };
+    if (!traits_.own_gdt) {
+        for (const std::uint64_t value :
+             {std::uint64_t{stack_.selector}, cpu[Gpr::rsp], machine_flags(cpu),
+              std::uint64_t{code_.selector}, cpu.rip, cpu[Gpr::rcx], cpu[Gpr::rdx], cpu[Gpr::rdi]})
+            push(value);
+    }
     if (access) {
-        const std::byte* routine = port_routine(*access);
-        push(cpu[Gpr::rdx]);
+        before(port_routine(*access));
         machine_.write_gpr(Gpr::rdx, access->port);
-        run(routine);
-        if (paying) { // the routine is what the last `iretq` below goes to, inside ring 0
-            const std::uint64_t routine_stack = address(stack);
-            push(ring0_ss);
-            push(routine_stack);
-            push(rflags::fixed);
-            push(ring0_cs);
-            push(address(image_page * page_size + image_offset(routine)));
-        }
-    } else {
-        run(umbra_switcher_return);
     }
-    if (paying) {
-        push(cpu[Gpr::rcx]);
-        push(cpu[Gpr::rdi]);
-        push(root.base().value());
-        run(umbra_switcher_switch);
-    }
+    if (debt.flush || root != root_)
+        before(umbra_switcher_switch, root.base().value());
     if (!debt.tables.empty()) {
+        before(umbra_switcher_republish);
         for (const TableIndex index : debt.tables) {
             constexpr std::size_t straddling = sizeof(ShadowEntry) / 2;
             std::uint64_t value = 0;
@@ -477,10 +541,24 @@ void Switcher::enter(const VirtualCpu& cpu, MachineFrame root, const Debt& debt,
             push(address(pool_offset + TablePool::number(index) * page_size + straddling));
         }
         machine_.write_gpr(Gpr::rcx, debt.tables.size());
-        run(umbra_switcher_republish);
     }
+    machine_.set_rip(address_of(first));
     machine_.set_rsp(address(stack));
-    root_ = root;
+}
+
+/// Runs ring 0 until it is done. A signal that comes in between is the next run's.
+bool Switcher::finish_work() {
+    bool interrupted = false;
+    ExitReason reason = machine_.run();
+    for (; reason == ExitReason::interrupted; reason = machine_.run()) {
+        interrupted = true;
+        machine_.clear_exit_request();
+    }
+    if (interrupted)
+        machine_.request_exit();
+    const std::uint64_t offset =
+        machine_.rip() - address(image_page * page_size + image_offset(umbra_switcher_done));
+    return reason == ExitReason::port && machine_.port_exit().port == TRAP_PORT && offset < STUB_SIZE;
 }
 
 } // namespace umbra

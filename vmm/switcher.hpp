@@ -3,8 +3,14 @@
 // Its code (switcher_image.S) and, for each vCPU, a GDT, an IDT, a TSS and an entry stack lie in one
 // top-level slot of every shadow root, supervisor-only: guest code, which always runs at CPL 3, can neither
 // read nor name them. Any trap of guest code goes through the machine's IDT to a stub that makes one exit.
-// `leave` turns the machine's state at that exit into the virtual CPU's; `enter` does the reverse, by the
-// means that this host does fastest, and pays the shadow MMU's debt on the way.
+// `leave` turns the machine's state at that exit into the virtual CPU's; `enter` does the reverse, and pays
+// the shadow MMU's debt on the way.
+//
+// The guest runs with its own selectors in CS and SS, which it can read. No descriptor stands behind them: of
+// the machine's GDT and LDT only the switcher's own descriptors are mapped, at the end of the GDT, and their
+// DPL of 0 hides them from CPL 3. So whatever looks at a descriptor at CPL 3 (loads, far transfers, LAR, LSL,
+// VERR, VERW) page faults in a table, and is emulated on the guest's. It is registers alone that put CS and
+// SS into the machine: an `iretq` would look them up.
 #pragma once
 
 #include "shadow/mmu.hpp"
@@ -40,10 +46,12 @@ class SwitcherRegion {
 /// Why the machine left the guest.
 struct Trap {
     enum class Kind : std::uint8_t {
-        vector,  ///< an exception or interrupt, by the machine's IDT
-        syscall, ///< the `syscall` instruction; RIP is behind it
-        none,    ///< no trap: KVM exited at guest code (a port or MMIO access, a signal)
-        broken,  ///< the switcher itself faulted: the machine's state is lost
+        vector,     ///< an exception or interrupt, by the machine's IDT
+        syscall,    ///< the `syscall` instruction; RIP is behind it
+        descriptor, ///< an instruction that looks at a descriptor; its selector, but for the RPL, is
+                    ///< error_code
+        none,       ///< no trap: KVM exited at guest code (a port or MMIO access, a signal)
+        broken,     ///< the switcher itself faulted: the machine's state is lost
     };
     Kind kind = Kind::none;
     std::uint8_t vector = 0;
@@ -64,8 +72,6 @@ class Switcher {
     /// Where the host's GDT is in force, Linux' selectors for its programs: valid at CPL 3 whatever the VM's
     /// GDT says.
     static constexpr std::uint16_t host_user_code = 0x33, host_user_data = 0x2b;
-    /// A data segment of CPL 3 that every machine's own GDT has.
-    static constexpr std::uint16_t own_data = 0xfe0 | 3;
 
     Switcher(SwitcherRegion& region, Vcpu& machine, const HostTraits& traits, unsigned id);
 
@@ -78,9 +84,10 @@ class Switcher {
     [[nodiscard]] Trap leave(VirtualCpu& cpu);
 
     /// Prepares the machine to go on with `cpu` on the tables of `root`. Pays `debt`: the caller says so to
-    /// the Mmu.
-    void enter(const VirtualCpu& cpu, MachineFrame root, const Debt& debt, const TablePool& pool,
-               std::optional<NativePortAccess> access = std::nullopt);
+    /// the Mmu. What `access` reads is in RAX, of `cpu` or of the machine. False if ring 0 did not do its
+    /// work: Vcpu::describe_exit tells.
+    [[nodiscard]] bool enter(VirtualCpu& cpu, MachineFrame root, const Debt& debt, const TablePool& pool,
+                             std::optional<NativePortAccess> access = std::nullopt);
 
     /// Control registers that the machine honours for the guest: FPU and SSE state, FSGSBASE, TSD, alignment
     /// checks, EFER.SCE. `allowed_cr4`: what KVM lets the machine have; UMIP is set if it may be, so that
@@ -91,8 +98,12 @@ class Switcher {
     /// then goes on at the same instruction, and is not checked until its next trap at least.
     [[nodiscard]] bool absorb_alignment_check(const VirtualCpu& cpu);
 
-    /// Chooses how later `enter`s resume the guest, in place of what the traits said.
-    void resume_by(ResumeBy means) { traits_.resume = means; }
+    /// What it shall take the host for from now on.
+    void assume(const HostTraits& traits) { traits_ = traits; }
+
+    /// Whether the machine is in ring 0, and so in the switcher: at the end of a trap, or at work for
+    /// `enter`.
+    [[nodiscard]] bool in_ring0() const;
 
     /// An address from which the guest gets no further: a fetch page fault at it is the next trap.
     [[nodiscard]] MachineVirt unreachable() const { return MachineVirt(address(stack_top_ - page_size)); }
@@ -111,6 +122,12 @@ class Switcher {
     void put_segments(const VirtualCpu& cpu);
     void choose_code_and_stack(const VirtualCpu& cpu);
     void set_descriptor(const Segment& segment);
+    [[nodiscard]] GuestVirt gdt_base() const;
+    [[nodiscard]] GuestVirt ldt_base() const;
+    [[nodiscard]] std::optional<std::uint16_t> selector_of(GuestVirt descriptor) const;
+    void prepare_work(const VirtualCpu& cpu, MachineFrame root, const Debt& debt, const TablePool& pool,
+                      std::optional<NativePortAccess> access);
+    [[nodiscard]] bool finish_work();
 
     MonitorMemory& memory_;
     Vcpu& machine_;

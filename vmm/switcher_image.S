@@ -11,8 +11,10 @@
         .balign 4096
         .globl  umbra_switcher_begin, umbra_switcher_end
         .hidden umbra_switcher_begin, umbra_switcher_end
-        .globl  umbra_switcher_syscall, umbra_switcher_republish, umbra_switcher_switch, umbra_switcher_return
-        .hidden umbra_switcher_syscall, umbra_switcher_republish, umbra_switcher_switch, umbra_switcher_return
+        .globl  umbra_switcher_syscall, umbra_switcher_done, umbra_switcher_return
+        .hidden umbra_switcher_syscall, umbra_switcher_done, umbra_switcher_return
+        .globl  umbra_switcher_republish, umbra_switcher_switch
+        .hidden umbra_switcher_republish, umbra_switcher_switch
         .globl  umbra_switcher_in8, umbra_switcher_in16, umbra_switcher_in32
         .hidden umbra_switcher_in8, umbra_switcher_in16, umbra_switcher_in32
         .globl  umbra_switcher_out8, umbra_switcher_out16, umbra_switcher_out32
@@ -30,55 +32,64 @@ umbra_switcher_begin:
 umbra_switcher_syscall:
         out     %al, $TRAP_PORT
 
-# Makes KVM look again at RCX tables, then goes on as `switch`. On the stack for each: an address in the table that
-# straddles two entries, and the eight bytes that are there already. A store across entries makes a KVM that shadows
-# the table forget it as a whole (it takes the page for one that is no longer a table), whatever userspace changed.
+# What ring 0 does for the monitor before the guest goes on: routines that find what they need on the stack, and go on by
+# `ret` to the next one. They do not keep RCX, RDX and RDI.
+
+# The last one, where the monitor itself resumes the guest.
+        .balign STUB_SIZE
+umbra_switcher_done:
+        out     %al, $TRAP_PORT
+
+# The last one, where ring 0 does.
+        .balign STUB_SIZE
+umbra_switcher_return:
+        pop     %rdi
+        pop     %rdx
+        pop     %rcx
+        iretq
+
+# Makes KVM look again at RCX tables. On the stack for each: an address in the table that straddles two entries, and the
+# eight bytes that are there already. A store across entries makes a KVM that shadows the table forget it as a whole (it
+# takes the page for one that is no longer a table), whatever userspace changed.
         .balign STUB_SIZE
 umbra_switcher_republish:
         pop     %rdi
         pop     (%rdi)
         loop    umbra_switcher_republish
+        ret
 
-# Loads the root on the stack, which empties the machine's TLB, then RDI and RCX, then enters the guest.
+# Loads the root on the stack, which empties the machine's TLB.
+        .balign STUB_SIZE
 umbra_switcher_switch:
         pop     %rdi
         mov     %rdi, %cr3
-        pop     %rdi
-        pop     %rcx
-umbra_switcher_return:
-        iretq
+        ret
 
-# Port accesses that KVM's own devices answer, made for a guest whose CPL 3 may not. RDX is restored from the stack.
+# Port accesses that KVM's own devices answer, made for a guest whose CPL 3 may not: port in DX.
         .balign STUB_SIZE
 umbra_switcher_in8:
         in      %dx, %al
-        pop     %rdx
-        iretq
+        ret
         .balign STUB_SIZE
 umbra_switcher_in16:
         in      %dx, %ax
-        pop     %rdx
-        iretq
+        ret
         .balign STUB_SIZE
 umbra_switcher_in32:
         in      %dx, %eax
-        pop     %rdx
-        iretq
+        ret
         .balign STUB_SIZE
 umbra_switcher_out8:
         out     %al, %dx
-        pop     %rdx
-        iretq
+        ret
         .balign STUB_SIZE
 umbra_switcher_out16:
         out     %ax, %dx
-        pop     %rdx
-        iretq
+        ret
         .balign STUB_SIZE
 umbra_switcher_out32:
         out     %eax, %dx
-        pop     %rdx
-        iretq
+        ret
 umbra_switcher_end:
 
         .section .note.GNU-stack, "", @progbits

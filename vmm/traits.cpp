@@ -2,6 +2,7 @@
 
 #include "vmm/error.hpp"
 #include "vmm/scratch_machine.hpp"
+#include "vmm/segmentation.hpp"
 #include "vmm/switcher_layout.h"
 
 #include <algorithm>
@@ -22,13 +23,33 @@ bool sees_stores(ScratchMachine& scratch) {
     return seen;
 }
 
-/// Whether a segment is found that the machine's GDT has and no host's: by `lsl`, because a KVM whose own GDT
-/// is in force may interpret the loads that fail in it.
+/// Whether descriptors are looked for in the machine's GDT, which is not mapped there, and so trap: by `lsl`,
+/// because a KVM whose own GDT is in force may interpret the loads that fail in it.
 bool consults_own_gdt(ScratchMachine& scratch) {
     constexpr std::array<std::uint8_t, 3> lsl{0x0f, 0x03, 0xc0}; // lsl %eax, %eax
-    scratch.cpu[Gpr::rax] = Switcher::own_data;
-    return scratch.completes(lsl) &&
-           static_cast<std::uint32_t>(scratch.cpu[Gpr::rax]) == 0xffff'ffff; // its limit
+    constexpr std::uint16_t global = 0x8003, local = 0x8007;
+    for (const std::uint16_t selector : {global, local}) {
+        scratch.cpu[Gpr::rax] = selector;
+        if (scratch.run(lsl).kind != Trap::Kind::descriptor)
+            return false;
+    }
+    return true;
+}
+
+/// Whether a kernel at the machine's CPL 3 reads its CS and SS with RPL 0.
+bool hides_rpl(ScratchMachine& scratch) {
+    constexpr std::uint16_t code = 0x10, stack = 0x18;
+    constexpr std::array<std::uint8_t, 4> read{0x8c, 0xc8, 0x8c, 0xd1}; // mov %cs, %eax; mov %ss, %ecx
+    constexpr std::array<std::uint8_t, 1> hlt{0xf4};                    // a fault at no level but 0
+    const VirtualCpu before = scratch.cpu;
+    scratch.cpu.cs = flat_code_segment(code, 0, true);
+    scratch.cpu.ss = flat_stack_segment(stack, 0);
+    const bool hidden =
+        scratch.completes(read) && scratch.cpu[Gpr::rax] == code && scratch.cpu[Gpr::rcx] == stack;
+    const Trap trap = scratch.run(hlt);
+    scratch.cpu = before;
+    return hidden && trap.kind == Trap::Kind::vector &&
+           trap.vector == static_cast<std::uint8_t>(Vector::general_protection);
 }
 
 /// Whether CPUID at CPL 3 shows what the VM was given: its brand string begins with ours.
@@ -68,7 +89,6 @@ bool interprets_ring0(ScratchMachine& scratch) {
 HostTraits probe_traits(const Kvm& kvm) {
     // Assumed until known: what works on every host.
     HostTraits traits;
-    traits.resume = ResumeBy::system_registers;
     ScratchMachine scratch(kvm, traits);
 
     if (!scratch.completes({}))
@@ -78,12 +98,16 @@ HostTraits probe_traits(const Kvm& kvm) {
     constexpr std::array<std::uint8_t, 1> cli{0xfa};
     traits.iopl_honoured = scratch.completes(cli);
     traits.own_gdt = consults_own_gdt(scratch);
+    traits.rpl_hidden = traits.own_gdt; // to be tried
+    scratch.switcher().assume(traits);
+    traits.rpl_hidden = traits.own_gdt && hides_rpl(scratch);
+    scratch.switcher().assume(traits);
     constexpr std::array<std::uint8_t, 2> syscall{0x0f, 0x05};
     (void)scratch.run(syscall);
     traits.syscall_to_ring0 = scratch.machine().rip() - scratch.switcher().syscall_entry().value() < 16;
     traits.cpuid_intercepted = intercepts_cpuid(scratch);
     traits.stores_seen = sees_stores(scratch);
-    traits.resume = interprets_ring0(scratch) ? ResumeBy::system_registers : ResumeBy::iretq;
+    traits.native_ring0 = !interprets_ring0(scratch);
     return traits;
 }
 

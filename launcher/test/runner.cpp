@@ -594,9 +594,9 @@ class Runner {
 std::vector<std::string> find_host_traits() {
     try {
         const HostTraits traits = probe_traits(Kvm());
-        const std::array<bool, host_trait_names.size()> has{traits.resume != ResumeBy::system_registers,
-                                                            traits.iopl_honoured, traits.cpuid_intercepted,
-                                                            traits.stores_seen, traits.own_gdt};
+        const std::array<bool, host_trait_names.size()> has{traits.native_ring0, traits.iopl_honoured,
+                                                            traits.cpuid_intercepted, traits.stores_seen,
+                                                            traits.own_gdt};
         std::vector<std::string> names;
         for (std::size_t i = 0; i < has.size(); ++i)
             if (has.at(i))

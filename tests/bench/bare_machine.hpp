@@ -5,12 +5,17 @@
 #include "shadow/format.hpp"
 #include "vmm/host_memory.hpp"
 #include "vmm/kvm/kvm.hpp"
-#include "vmm/traits.hpp"
 
 #include <cstdint>
 #include <span>
 
 namespace umbra::bench {
+
+/// How the machine is put back into CPL 3 after a trap.
+enum class ResumeBy : std::uint8_t {
+    iretq,            ///< of ring 0
+    system_registers, ///< synchronised ones: fewer instructions for a KVM that interprets ring 0
+};
 
 /// 2 MB of memory on hand-made tables, one vCPU at CPL 3, and ring-0 code of one `out` for the two traps that
 /// the benchmarks make. No monitor: the caller knows what trapped and why.

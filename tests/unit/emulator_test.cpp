@@ -801,6 +801,78 @@ TEST_F(EmulatorTest, LoadFarPointers) {
 
 // --- Far transfers
 
+TEST_F(EmulatorTest, DescriptorsAreExamined) {
+    constexpr std::uint64_t untouched = 0x1122'3344'5566'7788;
+    const auto lar = [&](std::uint16_t selector) -> std::optional<std::uint64_t> {
+        reg(Gpr::rcx) = selector;
+        reg(Gpr::rax) = untouched;
+        expect_done({0x0f, 0x02, 0xc1}); // lar eax, ecx
+        if ((cpu.rflags & 0x40) != 0)
+            return reg(Gpr::rax);
+        EXPECT_EQ(reg(Gpr::rax), untouched);
+        return std::nullopt;
+    };
+    const auto lsl = [&](std::uint16_t selector) -> std::optional<std::uint64_t> {
+        reg(Gpr::rcx) = selector;
+        reg(Gpr::rax) = untouched;
+        expect_done({0x0f, 0x03, 0xc1}); // lsl eax, ecx
+        return (cpu.rflags & 0x40) != 0 ? std::optional(reg(Gpr::rax)) : std::nullopt;
+    };
+    const auto verify = [&](std::uint16_t selector) { // as "rw"
+        reg(Gpr::rcx) = selector;
+        std::string rights;
+        expect_done({0x0f, 0x00, 0xe1}); // verr cx
+        rights += (cpu.rflags & 0x40) != 0 ? 'r' : '-';
+        expect_done({0x0f, 0x00, 0xe9}); // verw cx
+        return rights + ((cpu.rflags & 0x40) != 0 ? 'w' : '-');
+    };
+    EXPECT_EQ(lar(sel::kernel_code), 0xa0'9a00U);
+    EXPECT_EQ(lar(sel::kernel_data), 0xc0'9200U);
+    EXPECT_EQ(lar(sel::kernel_data | 3), std::nullopt); // RPL > DPL
+    EXPECT_EQ(lar(sel::conforming_code | 3), 0xa0'9e00U);
+    EXPECT_EQ(lar(sel::absent_data), 0xc0'1200U);
+    EXPECT_EQ(lar(sel::tss), 0x8900U);
+    EXPECT_EQ(lar(sel::ldt), 0x8200U);
+    EXPECT_EQ(lar(sel::call_gate), 0x8c00U);
+    EXPECT_EQ(lar(0), std::nullopt);
+    EXPECT_EQ(lar(3), std::nullopt);
+    EXPECT_EQ(lar(sel::beyond), std::nullopt);
+    EXPECT_EQ(lar(sel::local_data), std::nullopt); // without an LDT
+    reg(Gpr::rcx) = sel::kernel_code;
+    reg(Gpr::rax) = untouched;
+    expect_done({0x66, 0x0f, 0x02, 0xc1}); // lar ax, cx
+    EXPECT_EQ(reg(Gpr::rax), (untouched & ~std::uint64_t{0xffff}) | 0x9a00);
+    guest.put<std::uint16_t>(TestGuest::data, sel::kernel_data);
+    reg(Gpr::rbx) = TestGuest::data;
+    expect_done({0x4c, 0x0f, 0x02, 0x03}); // lar r8, [rbx]
+    EXPECT_EQ(reg(Gpr::r8), 0xc0'9200U);
+
+    EXPECT_EQ(lsl(sel::kernel_data), 0xffff'ffffU);
+    EXPECT_EQ(lsl(sel::user_data_16), 0xffffU);
+    EXPECT_EQ(lsl(sel::tss), TestGuest::tss_limit);
+    EXPECT_EQ(lsl(sel::call_gate), std::nullopt);
+
+    EXPECT_EQ(verify(sel::kernel_data), "rw");
+    EXPECT_EQ(verify(sel::read_only_data), "r-");
+    EXPECT_EQ(verify(sel::kernel_code), "r-");
+    EXPECT_EQ(verify(sel::execute_only_code), "--");
+    EXPECT_EQ(verify(sel::tss), "--");
+    EXPECT_EQ(verify(0), "--");
+
+    user(3);
+    EXPECT_EQ(lar(sel::kernel_code), std::nullopt);
+    EXPECT_EQ(lar(sel::conforming_code), 0xa0'9e00U);
+    EXPECT_EQ(lar(sel::user_data), 0xc0'f200U);
+    EXPECT_EQ(lar(sel::user_data & ~3), 0xc0'f200U);
+    EXPECT_EQ(lsl(sel::tss), std::nullopt);
+    EXPECT_EQ(verify(sel::user_data), "rw");
+    EXPECT_EQ(verify(sel::kernel_data), "--");
+    EXPECT_EQ(verify(sel::conforming_code), "r-");
+    guest.map(TestGuest::gdt, 0);
+    reg(Gpr::rcx) = sel::user_data;
+    EXPECT_EQ(fault({0x0f, 0x02, 0xc1}), pf(0)); // as the supervisor
+}
+
 TEST_F(EmulatorTest, FarJump) {
     reg(Gpr::rbx) = TestGuest::data;
     guest.put<std::uint32_t>(TestGuest::data, 0x2'1000);

@@ -441,6 +441,9 @@ void Vcpu::write_gpr(Gpr reg, std::uint64_t value) {
     dirty_registers();
 }
 
+std::uint64_t Vcpu::gpr(Gpr reg) const {
+    return *gpr_slots(run_->s.regs.regs)[static_cast<std::size_t>(reg)];
+}
 std::uint64_t Vcpu::rip() const {
     return run_->s.regs.regs.rip;
 }

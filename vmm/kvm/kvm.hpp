@@ -107,6 +107,7 @@ class Vcpu {
     void read_gprs(std::array<std::uint64_t, 16>& gpr) const;
     void write_gprs(const std::array<std::uint64_t, 16>& gpr);
     void write_gpr(Gpr reg, std::uint64_t value);
+    [[nodiscard]] std::uint64_t gpr(Gpr reg) const;
     [[nodiscard]] std::uint64_t rip() const;
     [[nodiscard]] std::uint64_t rsp() const;
     [[nodiscard]] std::uint64_t rflags() const;
