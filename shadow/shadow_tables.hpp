@@ -41,6 +41,7 @@ namespace umbra {
 struct DeviceWindow {
     GuestFrame first;
     std::uint64_t count = 0;
+    bool operator==(const DeviceWindow&) const = default;
 };
 
 /// How shadow tables learn of the guest's writes to its tables.

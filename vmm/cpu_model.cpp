@@ -317,6 +317,8 @@ CpuFeatures guest_features(std::span<const CpuidLeaf> leaves, const CpuChoice& c
     };
     CpuFeatures result;
     result.physical_bits = leaf(0x8000'0008).eax & 0xff;
+    constexpr std::uint32_t auth = 0x6874'7541, hygo = 0x6f67'7948; // how AuthenticAMD and HygonGenuine begin
+    result.amd = leaf(0).ebx == auth || leaf(0).ebx == hygo;
     const auto offers = [&](CpuFeature which) {
         const Feature& asked = feature(which);
         return choice[which].value_or((leaf(asked.leaf).*asked.word & asked.flags) != 0);

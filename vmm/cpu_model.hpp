@@ -75,6 +75,7 @@ struct CpuFeatures {
     bool gigabyte_pages = false;
     std::uint64_t cr4 = 0;                                       ///< the bits that may be set
     bool x2apic = false, tsc_deadline = false, kvmclock = false; ///< whose MSRs are there
+    bool amd = false; ///< the vendor is AMD, or Hygon: MSRs that no other CPUID bit tells of
 };
 /// As the guest's CPUID says, which is `leaves`, made by guest_cpuid, or the host's own where the host does
 /// not intercept it. There `choice` cannot change what the guest sees, but still what its CPU does.

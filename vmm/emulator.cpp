@@ -33,6 +33,7 @@ constexpr std::uint32_t efer = 0xc000'0080, star = 0xc000'0081, lstar = 0xc000'0
                         fmask = 0xc000'0084;
 constexpr std::uint32_t fs_base = 0xc000'0100, gs_base = 0xc000'0101, kernel_gs_base = 0xc000'0102,
                         tsc_aux = 0xc000'0103;
+constexpr std::uint32_t perf_ctr0 = 0xc001'0004;
 } // namespace msr
 
 namespace cpuid {
@@ -191,6 +192,7 @@ class Executor {
     [[nodiscard]] bool valid_msr(std::uint32_t index, std::uint64_t value) const;
     [[nodiscard]] bool write_efer(std::uint64_t value);
     Emulation read_tsc();
+    Emulation read_counter();
     Emulation set_xcr();
     Emulation access_flag();
 
@@ -547,8 +549,8 @@ Emulation Executor::execute() {
     case ZYDIS_MNEMONIC_RDTSC:
     case ZYDIS_MNEMONIC_RDTSCP:
         return read_tsc();
-    case ZYDIS_MNEMONIC_RDPMC: // no counter is offered, so every index is invalid
-        return general_protection();
+    case ZYDIS_MNEMONIC_RDPMC:
+        return read_counter();
     case ZYDIS_MNEMONIC_XSETBV:
         return set_xcr();
     case ZYDIS_MNEMONIC_STAC:
@@ -1482,6 +1484,20 @@ Emulation Executor::read_tsc() {
     set_edx_eax(environment_->read_tsc());
     if (instruction_.mnemonic == ZYDIS_MNEMONIC_RDTSCP)
         reg(Gpr::rcx) = static_cast<std::uint32_t>(cpu_->tsc_aux);
+    return done();
+}
+
+/// The core counters of AMD's CPUs, which their MSRs are the other way to (AMD APM vol. 3, RDPMC); others are
+/// not offered.
+Emulation Executor::read_counter() {
+    constexpr std::uint32_t counters = 4;
+    const auto index = static_cast<std::uint32_t>(reg(Gpr::rcx));
+    if ((cpu_->cpl != 0 && (cpu_->cr4 & cr4::pce) == 0) || index >= counters)
+        return general_protection();
+    const auto value = environment_->read_msr(msr::perf_ctr0 + index);
+    if (!value)
+        return general_protection();
+    set_edx_eax(*value);
     return done();
 }
 

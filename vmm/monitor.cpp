@@ -19,6 +19,10 @@ constexpr unsigned host_slot = 256;
 /// KVM's I/O APIC and local APIC: mapped, KVM answers there without an exit.
 constexpr DeviceWindow io_apic{GuestPhys(0xfec0'0000).frame(), 1};
 constexpr DeviceWindow local_apic{GuestPhys(0xfee0'0000).frame(), 1};
+/// The same for a value of IA32_APIC_BASE.
+DeviceWindow apic_window(std::uint64_t base) {
+    return {GuestPhys(base & entry_bit::frame_mask).frame(), 1};
+}
 
 /// So often in a row may one access fault though its translation is in place, before the machine is taken for
 /// blind.
@@ -51,7 +55,7 @@ constexpr bool audit_every_entry = true;
 #else
 constexpr bool audit_every_entry = false;
 #endif
-constexpr std::uint32_t msr_tsc = 0x10, msr_tsc_aux = 0xc0000103;
+constexpr std::uint32_t msr_tsc = 0x10, msr_apic_base = 0x1b, msr_tsc_aux = 0xc0000103;
 
 MmuConfig mmu_config(const Machine& machine, const HostTraits& traits, const MonitorOptions& options) {
     MmuConfig config;
@@ -813,8 +817,11 @@ bool Monitor::write_msr(std::uint32_t index, std::uint64_t value) {
     case MsrWrite::machine:
         break;
     }
+    const auto before = vcpu.read_msr(msr_apic_base);
     if (!vcpu.write_msr(index, value))
         return false;
+    if (index == msr_apic_base && before && apic_window(*before) != apic_window(value))
+        mmu_.set_devices({io_apic, apic_window(value)});
     cpu_.cr8 = vcpu.cr8(); // the same register as the local APIC's task priority
     return true;
 }

@@ -46,7 +46,7 @@ constexpr std::array rules{
     MsrRule{old_wall_clock, old_system_time, machine(), MsrWrite::machine, &CpuFeatures::kvmclock},
     // IA32_PLATFORM_ID (SDM), for microcode updates, which there are none of.
     MsrRule{0x17, 0x17, fixed(0), MsrWrite::refused, nullptr},
-    // IA32_APIC_BASE (SDM): the window is where the monitor maps it.
+    // IA32_APIC_BASE (SDM).
     MsrRule{apic_base, apic_base, machine(), MsrWrite::apic_base, nullptr},
     // EBL_CR_POWERON (SDM): old kernels look for the bus frequency here; KVM, too, answers zero.
     MsrRule{0x2a, 0x2a, fixed(0), MsrWrite::unchanged, nullptr},
@@ -104,6 +104,10 @@ constexpr std::array rules{
     // Wall clock and system time (KVM). The next ones are not offered: asynchronous page faults, stolen time,
     // end of interrupt in memory, polling, migration.
     MsrRule{wall_clock, system_time, machine(), MsrWrite::machine, &CpuFeatures::kvmclock},
+    // PerfEvtSel and PerfCtr (APM), which every AMD CPU has four of: they count nothing, and kernels that
+    // look
+    // whether a counter keeps what they write find that it does not.
+    MsrRule{0xc001'0000, 0xc001'0007, fixed(0), MsrWrite::ignored, &CpuFeatures::amd},
     // SYSCFG (APM): no memory encryption, and no second top of memory.
     MsrRule{0xc001'0010, 0xc001'0010, fixed(0), MsrWrite::unchanged, nullptr},
     // HWCR (APM): the TSC counts at the rate of P0 (bit 24), as an invariant one does. What kernels set here
@@ -178,7 +182,8 @@ MsrWrite msr_write(std::uint32_t index, std::uint64_t value, const CpuFeatures& 
 
 bool apic_base_allowed(std::uint64_t current, std::uint64_t value, const CpuFeatures& features) {
     constexpr std::uint64_t x2apic = bit(10), enabled = bit(11), mode = x2apic | enabled;
-    if (((current ^ value) & ~mode) != 0)
+    constexpr std::uint64_t reserved = bit(9) | 0xff;
+    if ((value & reserved) != 0 || value >> features.physical_bits != 0)
         return false;
     const std::uint64_t from = current & mode, to = value & mode;
     if (to == x2apic || (to == mode && !features.x2apic)) // no such mode

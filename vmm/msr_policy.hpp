@@ -56,9 +56,8 @@ struct MsrRule {
 [[nodiscard]] MsrWrite msr_write(std::uint32_t index, std::uint64_t value, const CpuFeatures& features,
                                  const GuestMemory& memory);
 
-/// Whether IA32_APIC_BASE may go from `current` to `value`: the window stays where it is, and so does the
-/// bootstrap bit; x2APIC mode is entered from xAPIC mode, and left by disabling the APIC (Intel SDM vol. 3A,
-/// 10.12.5).
+/// Whether IA32_APIC_BASE may go from `current` to `value`: reserved bits are zero; x2APIC mode is entered
+/// from xAPIC mode, and left by disabling the APIC (Intel SDM vol. 3A, 10.12.5).
 [[nodiscard]] bool apic_base_allowed(std::uint64_t current, std::uint64_t value, const CpuFeatures& features);
 
 } // namespace umbra

@@ -42,7 +42,7 @@ const nlohmann::json& probe() {
 } // namespace
 
 bool interprets_ring0() {
-    return probe().value("resume", "") == "system_registers";
+    return probe().value("ring0", "") == "interpreted";
 }
 
 bool shadows_tables() {

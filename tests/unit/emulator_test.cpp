@@ -1514,7 +1514,7 @@ TEST_F(EmulatorTest, NotOffered) {
     for (const unsigned level : {0U, 3U}) {
         if (level == 3)
             user(3);
-        EXPECT_EQ(fault({0x0f, 0x33}), gp());             // rdpmc
+        EXPECT_EQ(fault({0x0f, 0x33}), gp());             // rdpmc, of no AMD CPU
         EXPECT_EQ(fault({0x0f, 0x01, 0xc8}), ud());       // monitor
         EXPECT_EQ(fault({0x0f, 0x01, 0xc9}), ud());       // mwait
         EXPECT_EQ(fault({0x0f, 0x34}), gp());             // sysenter, while its MSR is zero
@@ -1524,6 +1524,21 @@ TEST_F(EmulatorTest, NotOffered) {
         EXPECT_EQ(fault({0x0f, 0xc7, 0x30}), ud());       // vmptrld
         EXPECT_EQ(fault({0xf3, 0x0f, 0xc7, 0x30}), ud()); // vmxon
     }
+}
+
+TEST_F(EmulatorTest, CountersAreTheMsrs) {
+    environment.msrs[0xc001'0006] = 0x1122'3344'5566;
+    reg(Gpr::rcx) = 2;
+    expect_done({0x0f, 0x33}); // rdpmc
+    EXPECT_EQ(reg(Gpr::rax), 0x3344'5566U);
+    EXPECT_EQ(reg(Gpr::rdx), 0x1122U);
+    user(3);
+    EXPECT_EQ(fault({0x0f, 0x33}), gp());
+    cpu.cr4 |= cr4::pce;
+    EXPECT_EQ(fault({0x0f, 0x33}), no_fault);
+    environment.msrs[0xc001'0008] = 0;
+    reg(Gpr::rcx) = 4;
+    EXPECT_EQ(fault({0x0f, 0x33}), gp());
 }
 
 TEST_F(EmulatorTest, Sysenter) {

@@ -17,7 +17,8 @@ constexpr std::uint32_t apic_base = 0x1b, old_wall_clock = 0x11, old_system_time
 
 constexpr CpuFeatures everything() {
     CpuFeatures features;
-    features.x2apic = features.tsc_deadline = features.kvmclock = true;
+    features.x2apic = features.tsc_deadline = features.kvmclock = features.amd = true;
+    features.physical_bits = 40;
     return features;
 }
 
@@ -49,12 +50,12 @@ TEST_F(MsrPolicyTest, TableIsAscendingAndFoundAtBothEndsOfEachRow) {
 
 TEST_F(MsrPolicyTest, WhatIsNotListedDoesNotExist) {
     for (const std::uint32_t index : {
-             0x2U,                                                                 // between rows
-             0x48U,        0x49U,                                                  // SPEC_CTRL, PRED_CMD
-             0x186U,       0x309U,       0x38fU,       0xc001'0000U, 0xc001'0200U, // performance counters
-             0x400U,       0x401U,                                                 // machine-check banks
-             0x480U,                                                               // VMX
-             0x20eU + 2,   0x24fU,       0x280U,                                   // beside the MTRRs
+             0x2U,                                                   // between rows
+             0x48U,        0x49U,                                    // SPEC_CTRL, PRED_CMD
+             0x186U,       0x309U,       0x38fU,       0xc001'0200U, // performance counters
+             0x400U,       0x401U,                                   // machine-check banks
+             0x480U,                                                 // VMX
+             0x20eU + 2,   0x24fU,       0x280U,                     // beside the MTRRs
              0x4000'0000U, 0x4000'0001U, // Hyper-V's, by which KVM writes code into guest memory
              0x4b56'4d02U, 0x4b56'4d03U, 0x4b56'4d04U, 0x4b56'4d05U, // KVM's, with addresses of the guest's
              0xc001'0112U, 0xc001'0114U, 0xc001'0117U, 0xc001'011fU, 0xc001'1020U, // SMM, SVM, SSBD
@@ -79,6 +80,17 @@ TEST_F(MsrPolicyTest, RegistersOfFeaturesThatAreNotThere) {
     EXPECT_EQ(msr_read(system_time, clock_only).kind, MsrRead::machine);
     EXPECT_EQ(msr_read(0x6e0, clock_only).kind, MsrRead::refused);
     EXPECT_EQ(msr_read(0x10, none).kind, MsrRead::machine); // of no feature
+}
+
+TEST_F(MsrPolicyTest, CountersOfAmdsCpusCountNothing) {
+    CpuFeatures intel = everything();
+    intel.amd = false;
+    for (std::uint32_t index = 0xc001'0000; index < 0xc001'0008; ++index) {
+        EXPECT_EQ(read(index), (MsrRead{MsrRead::fixed, 0})) << std::hex << index;
+        EXPECT_EQ(write(index, all), MsrWrite::ignored) << std::hex << index;
+        EXPECT_EQ(msr_read(index, intel).kind, MsrRead::refused) << std::hex << index;
+        EXPECT_EQ(msr_write(index, 0, intel, memory_), MsrWrite::refused) << std::hex << index;
+    }
 }
 
 TEST_F(MsrPolicyTest, SystemTimeIsWrittenToRamOnly) {
@@ -125,13 +137,19 @@ TEST_F(MsrPolicyTest, ApicBase) {
         for (std::size_t to = 0; to < modes.size(); ++to) {
             EXPECT_EQ(apic_base_allowed(modes.at(from), modes.at(to), everything()), allowed.at(from).at(to))
                 << from << " to " << to;
-            // The window and the bootstrap bit stay.
-            for (const std::uint64_t other : {bootstrap, std::uint64_t{0x1000}, std::uint64_t{1} << 45, all})
-                EXPECT_FALSE(apic_base_allowed(modes.at(from), modes.at(to) ^ other, everything()));
+            // The window may move, and the bootstrap bit is as the kernel likes it.
+            for (const std::uint64_t other : {bootstrap, std::uint64_t{0x1000}, std::uint64_t{1} << 39})
+                EXPECT_EQ(apic_base_allowed(modes.at(from), modes.at(to) ^ other, everything()),
+                          allowed.at(from).at(to));
+            for (const std::uint64_t reserved : {1U, 0x80U, 0x200U})
+                EXPECT_FALSE(apic_base_allowed(modes.at(from), modes.at(to) | reserved, everything()));
+            EXPECT_FALSE(
+                apic_base_allowed(modes.at(from), modes.at(to) | std::uint64_t{1} << 40, everything()));
         }
     EXPECT_FALSE(apic_base_allowed(off | enabled, off | x2apic, everything())); // no such mode
     EXPECT_FALSE(apic_base_allowed(off, off | x2apic, everything()));
-    CpuFeatures without;
+    CpuFeatures without = everything();
+    without.x2apic = false;
     EXPECT_FALSE(apic_base_allowed(modes[1], modes[2], without));
     EXPECT_TRUE(apic_base_allowed(modes[1], modes[0], without));
     EXPECT_EQ(write(apic_base, 0), MsrWrite::apic_base);
