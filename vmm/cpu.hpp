@@ -140,7 +140,8 @@ struct VirtualCpu {
     std::uint64_t sysenter_cs = 0, sysenter_esp = 0, sysenter_eip = 0;
     std::uint64_t pat = 0x0007040600070406;
 
-    bool halted = false; ///< in HLT, waiting for an interrupt
+    bool halted = false;      ///< in HLT, waiting for an interrupt
+    bool nmi_blocked = false; ///< from the delivery of an NMI to the next IRET (Intel SDM vol. 3A, 6.7.1)
 
     [[nodiscard]] std::uint64_t& operator[](Gpr reg) { return gpr[static_cast<std::size_t>(reg)]; }
     [[nodiscard]] std::uint64_t operator[](Gpr reg) const { return gpr[static_cast<std::size_t>(reg)]; }

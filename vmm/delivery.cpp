@@ -151,6 +151,8 @@ class Attempt {
         if (event_->kind == EventKind::exception && event_->vector == static_cast<unsigned>(Vector::debug))
             cpu_->dr7 &= ~dr7_general_detect;
         cpu_->halted = false;
+        if (event_->kind == EventKind::nmi)
+            cpu_->nmi_blocked = true;
     }
 
     static constexpr std::uint64_t dr7_general_detect = 1U << 13;

@@ -15,10 +15,16 @@ namespace umbra {
 
 enum class EventKind : std::uint8_t {
     exception,          ///< raised by the CPU (INT1 counts as one: no gate privilege check)
-    external_interrupt, ///< from an interrupt controller, or NMI
+    external_interrupt, ///< from an interrupt controller
+    nmi,                ///< blocks further ones
     software_interrupt, ///< INT n
     software_exception, ///< INT3, INTO
 };
+
+/// Comes from outside, whatever the instruction.
+[[nodiscard]] constexpr bool is_interrupt(EventKind kind) {
+    return kind == EventKind::external_interrupt || kind == EventKind::nmi;
+}
 
 /// Something to be delivered. cpu.rip is what the handler shall find on its stack: the faulting instruction
 /// for faults, the next one for traps, interrupts and software interrupts.
@@ -37,6 +43,9 @@ struct Event {
     }
     static Event external(std::uint8_t vector) {
         return {vector, EventKind::external_interrupt, std::nullopt, {}, 0};
+    }
+    static Event nmi() {
+        return {static_cast<std::uint8_t>(Vector::nmi), EventKind::nmi, std::nullopt, {}, 0};
     }
     static Event software(std::uint8_t vector, std::uint8_t instruction_length) {
         return {vector, EventKind::software_interrupt, std::nullopt, {}, instruction_length};

@@ -14,6 +14,7 @@ using emulated::Halted;
 using emulated::NotSensitive;
 using emulated::PortAccess;
 using emulated::Raised;
+using emulated::SingleStep;
 using emulated::SoftwareEvent;
 using emulated::Unsupported;
 using Fault = std::optional<Exception>;
@@ -515,7 +516,7 @@ Emulation Executor::execute() {
         if ((cpu_->efer & efer::sce) == 0 || !in_long_mode(*cpu_))
             return invalid_opcode();
         (void)emulate_syscall(*cpu_, GuestVirt(cpu_->rip + instruction_.length));
-        return Done{};
+        return Done{.step = SingleStep::flags_after};
     case ZYDIS_MNEMONIC_INT:
         return software_event(static_cast<std::uint8_t>(instruction_.raw.imm[0].value.u),
                               EventKind::software_interrupt);
@@ -639,7 +640,7 @@ Emulation Executor::set_interrupt_flag() {
         cpu_->halted = true;
         return Halted{};
     }
-    return Done{true};
+    return Done{.interrupt_shadow = true};
 }
 
 Emulation Executor::halt() {
@@ -713,11 +714,12 @@ Emulation Executor::string_io() {
     const Gpr pointer = write ? Gpr::rsi : Gpr::rdi;
     const std::uint64_t step = (cpu_->rflags & rflags::direction) != 0 ? -std::uint64_t{size} : size;
     const ZydisDecodedOperand& memory = memory_operand();
+    const unsigned chunk = (cpu_->rflags & rflags::trap) != 0 ? 1 : string_chunk; // each is a step
 
     for (unsigned elements = 0;; ++elements) {
         if (repeated && (reg(Gpr::rcx) & address_mask) == 0)
             return done();
-        if (elements == string_chunk)
+        if (elements == chunk)
             return Done{};
         GuestVirt at;
         if (auto fault = operand_address(memory, size, !write, at))
@@ -1016,7 +1018,9 @@ Emulation Executor::load_segment_register(SegmentRegister which, std::uint16_t s
     if (auto fault = load_segment(*cpu_, *space_, which, selector))
         return raise(*fault);
     advance();
-    return Done{which == SegmentRegister::ss};
+    if (which == SegmentRegister::ss)
+        return Done{.interrupt_shadow = true, .step = SingleStep::held};
+    return Done{};
 }
 
 Emulation Executor::pop_segment() {
@@ -1219,6 +1223,7 @@ Emulation Executor::far_return() {
 /// Intel SDM vol. 2A, IRET: in 64-bit mode SS:RSP is popped at any level, otherwise by a return to an outer
 /// one.
 Emulation Executor::interrupt_return() {
+    cpu_->nmi_blocked = false; // even if it faults
     if ((cpu_->rflags & rflags::nested_task) != 0) {
         if (!in_long_mode(*cpu_))
             return Unsupported{"a return from a nested task"};
@@ -1295,7 +1300,7 @@ Emulation Executor::system_return() {
     cpu_->ss = flat_stack_segment(stack, 3);
     cpu_->cpl = 3;
     cpu_->rip = target;
-    return Done{};
+    return Done{.step = SingleStep::flags_after};
 }
 
 /// Intel SDM vol. 2B, SYSENTER. AMD's CPUs have none in long mode; their kernels do not set its MSRs there.

@@ -81,14 +81,21 @@ class CpuEnvironment {
     [[nodiscard]] virtual std::uint64_t cr4_allowed() = 0;
 };
 
-/// What became of an instruction. RIP has advanced and RFLAGS.RF is clear unless said otherwise; a trap for
+/// What became of an instruction. RIP has advanced and RFLAGS.RF is clear unless said otherwise; a #DB for
 /// RFLAGS.TF is the caller's affair.
 namespace emulated {
 
+/// Whose RFLAGS.TF decides about a #DB behind an instruction (Intel SDM vol. 3B, 17.3.1.4).
+enum class SingleStep : std::uint8_t {
+    flags_before, ///< of before the instruction
+    flags_after,  ///< SYSCALL and SYSRET: of after it
+    held,         ///< none, as behind MOV and POP to SS, until the next instruction is done, too
+};
 /// Executed. RIP stays if a repeated string instruction has more to do: resume, and it traps again.
 struct Done {
     /// No interrupt may be taken before the next instruction (STI that set IF, MOV or POP to SS).
     bool interrupt_shadow = false;
+    SingleStep step = SingleStep::flags_before;
 };
 /// To be delivered with deliver(Event::of(…)). RIP is still at the instruction, all its faults being such.
 struct Raised {

@@ -30,6 +30,10 @@ constexpr unsigned fill_patience = 16;
 
 constexpr std::uint8_t first_interrupt = 32;
 
+// DR6 and DR7 (Intel SDM vol. 3B, 17.2.3 and 17.2.4).
+constexpr std::uint64_t dr6_breakpoints = 0xf, dr6_single_step = 1U << 14;
+constexpr std::uint64_t dr7_fixed = 0x400, dr7_enabled = 0xff, dr7_general_detect = 1U << 13;
+
 /// The guest has not ended by itself, and nobody has ended it.
 bool is_panic(const Verdict& verdict) {
     switch (verdict.kind) {
@@ -209,7 +213,10 @@ Monitor::Step Monitor::enter() {
     if (placed_slot_ != state.reserved_slot) {
         placed_slot_ = state.reserved_slot;
         switcher_.place(placed_slot_);
+        refresh_control(); // breakpoints
     }
+    if (!cpu_.nmi_blocked)
+        machine_.vcpu().unblock_nmi();
     // Where ring 0 goes on with the guest, a debt wakes it at once, as a CPU may.
     const bool sleeping = cpu_.halted && (state.debt.none() || traits_.own_gdt);
     if (cpu_.halted) // a signal may have ended its sleep: the switcher cannot run in it
@@ -263,6 +270,10 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
         last_rip_ = std::exchange(trap_.rip, GuestVirt(cpu_.rip));
         tell_alignment_check();
     }
+    if (switcher_.nmi_came()) {
+        vcpu.nmi_taken();
+        nmi_pending_ = true;
+    }
     Step verdict;
     bool entered = true; // the machine only needs to be run again
     switch (reason) {
@@ -297,6 +308,8 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
         verdict = stop(Verdict::Kind::host_failed, "the machine shut down under the switcher");
         break;
     }
+    if (!verdict && !entered && nmi_pending_)
+        verdict = deliver_nmi();
     if (debugger_) {
         const bool stoppable = !entered || (reason == ExitReason::interrupted && !in_ring0);
         if (auto ending = attend_debugger(control, verdict, stoppable, entered))
@@ -395,7 +408,7 @@ Monitor::Step Monitor::serve_stop(RunControl& control) {
     refresh_control();
     debugger_->apply();
     if (const auto held = std::exchange(held_event_, std::nullopt);
-        held && (!debugger_->drops_event() || held->kind == EventKind::external_interrupt))
+        held && (!debugger_->drops_event() || is_interrupt(held->kind)))
         return complete_event(*held);
     return std::nullopt;
 }
@@ -429,7 +442,8 @@ Monitor::Step Monitor::handle_trap(const Trap& trap) {
     if (trap.vector == static_cast<std::uint8_t>(Vector::debug) && single_step_) {
         if (debugger_)
             debugger_->stepped();
-        if ((cpu_.rflags & rflags::trap) == 0) { // otherwise it is the guest's own as well
+        if ((cpu_.rflags & rflags::trap) == 0 &&
+            !met_breakpoint()) { // otherwise it is the guest's own as well
             trap_.reason = TrapReason::exception;
             trap_.vector = trap.vector;
             trap_.action = TrapAction::attend;
@@ -578,8 +592,7 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
     case Vector::general_protection:
         break; // perhaps an instruction that only the machine's CPL 3 refuses
     case Vector::debug:
-        if (stepping)
-            cpu_.dr6 |= std::uint64_t{1} << 14; // BS
+        tell_debug_status(stepping);
         return deliver_event(original, TrapReason::exception);
     case Vector::breakpoint:
     case Vector::overflow:
@@ -587,8 +600,9 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
         original.instruction_length = 1;
         return deliver_event(original, TrapReason::exception);
     case Vector::nmi:
-        original.kind = EventKind::external_interrupt;
-        return deliver_event(original, TrapReason::interrupt);
+        machine_.vcpu().nmi_taken();
+        nmi_pending_ = true;
+        return deliver_nmi();
     case Vector::alignment_check:
         if (switcher_.absorb_alignment_check(cpu_)) {
             trap_.reason = TrapReason::exception;
@@ -628,13 +642,9 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
                     return verdict;
                 if (debugger_)
                     debugger_->executed();
-                if (!stepping) {
-                    if (!done.interrupt_shadow) // in it the guest must run
-                        run_ahead();
-                    return std::nullopt;
-                }
-                cpu_.dr6 |= std::uint64_t{1} << 14; // BS
-                return deliver_event(Event::of({Vector::debug, std::nullopt, {}}), TrapReason::exception);
+                if (steps(done, stepping))
+                    return deliver_step();
+                return done.interrupt_shadow ? std::nullopt : run_ahead(); // in it the guest must run
             },
             [&](const emulated::Raised& raised) -> Step {
                 return deliver_event(Event::of(raised.exception), TrapReason::instruction);
@@ -650,7 +660,7 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
                 trap_.action = TrapAction::halt;
                 if (debugger_)
                     debugger_->halted();
-                return std::nullopt;
+                return stepping ? deliver_step() : std::nullopt; // which wakes it
             },
             [&](const emulated::PortAccess& access) -> Step {
                 native_access_ = NativePortAccess{access.port, access.size, access.write};
@@ -670,6 +680,14 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
         emulation);
 }
 
+/// An NMI that has come, once the guest's CPU admits it.
+Monitor::Step Monitor::deliver_nmi() {
+    if (!nmi_pending_ || cpu_.nmi_blocked)
+        return std::nullopt;
+    nmi_pending_ = false;
+    return deliver_event(Event::nmi(), TrapReason::interrupt);
+}
+
 Monitor::Step Monitor::handle_syscall() {
     if (const auto exception = emulate_syscall(cpu_, GuestVirt(cpu_.rip)))
         return deliver_event(Event::of(*exception), TrapReason::syscall);
@@ -677,13 +695,31 @@ Monitor::Step Monitor::handle_syscall() {
     trap_.action = TrapAction::enter;
     if (debugger_)
         debugger_->executed();
-    run_ahead();
-    return std::nullopt;
+    return (cpu_.rflags & rflags::trap) != 0 ? deliver_step() : run_ahead();
+}
+
+/// The #DB of RFLAGS.TF, behind an instruction.
+Monitor::Step Monitor::deliver_step() {
+    cpu_.dr6 |= dr6_single_step;
+    return deliver_event(Event::of({Vector::debug, std::nullopt, {}}), TrapReason::exception);
+}
+
+/// Whether an instruction that was emulated ends in a #DB: `stepping` is RFLAGS.TF of before it.
+bool Monitor::steps(const emulated::Done& done, bool stepping) const {
+    switch (done.step) {
+    case emulated::SingleStep::flags_before:
+        return stepping;
+    case emulated::SingleStep::flags_after:
+        return (cpu_.rflags & rflags::trap) != 0;
+    case emulated::SingleStep::held:
+        break;
+    }
+    return false;
 }
 
 /// Emulates what comes next, as long as it would trap at once: around SWAPGS, at the beginning and the end of
 /// a system call, kernels have such instructions in a row, and each saves the way into the guest and back.
-void Monitor::run_ahead() {
+Monitor::Step Monitor::run_ahead() {
     constexpr unsigned most = 8; // a guest's loop of such instructions must not keep the monitor here
     const auto may = [this] {
         return cpu_.cpl == 0 && cpu_.cs.long_mode && (cpu_.rflags & rflags::trap) == 0 && !debugger_ &&
@@ -693,13 +729,18 @@ void Monitor::run_ahead() {
         std::array<std::byte, ahead_bytes> bytes{};
         const Ahead next = look_ahead(std::span(bytes).first(space().peek(GuestVirt(cpu_.rip), bytes)));
         if (!next.emulate)
-            return;
+            break;
         cpu_.rip += next.skip;
-        if (!std::holds_alternative<emulated::Done>(emulate(cpu_, space(), *this)))
-            return; // whatever it is else, it comes again by its own trap
+        const Emulation emulation = emulate(cpu_, space(), *this);
+        const auto* done = std::get_if<emulated::Done>(&emulation);
+        if (done == nullptr)
+            break; // whatever it is else, it comes again by its own trap
         log_.count_ahead();
         refresh_control();
+        if (steps(*done, false))
+            return deliver_step();
     }
+    return std::nullopt;
 }
 
 Monitor::Step Monitor::deliver_event(const Event& event, TrapReason reason) {
@@ -741,6 +782,32 @@ Monitor::Step Monitor::complete_event(const Event& event) {
     __builtin_unreachable();
 }
 
+/// DR7 for the machine. Breakpoints of the guest in the reserved slot, where it has nothing, would be the
+/// switcher's.
+std::uint64_t Monitor::machine_dr7() const {
+    std::uint64_t dr7 = cpu_.dr7 & ~dr7_general_detect;
+    for (unsigned i = 0; i < cpu_.dr.size(); ++i)
+        if (paging_4_level.root().index(GuestVirt(cpu_.dr[i])) == placed_slot_)
+            dr7 &= ~(std::uint64_t{3} << (2 * i));
+    return (dr7 & dr7_enabled) != 0 ? dr7 : dr7_fixed;
+}
+
+/// Whether a #DB of the machine is that of a breakpoint of the guest.
+bool Monitor::met_breakpoint() const {
+    return (machine_dr7_ & dr7_enabled) != 0 && (machine_.vcpu().debug_status() & dr6_breakpoints) != 0;
+}
+
+/// What DR6 tells of a #DB that the machine raised: `stepping` if RFLAGS.TF was set.
+void Monitor::tell_debug_status(bool stepping) {
+    if ((machine_dr7_ & dr7_enabled) != 0) {
+        const std::uint64_t told = dr6_breakpoints | (stepping ? dr6_single_step : 0);
+        cpu_.dr6 = (cpu_.dr6 & ~dr6_breakpoints) | (machine_.vcpu().debug_status() & told);
+        machine_.vcpu().set_debug_registers(cpu_.dr, machine_dr7_); // and clears the machine's
+    } else if (stepping) {
+        cpu_.dr6 |= dr6_single_step;
+    }
+}
+
 /// Tells the machine of registers that it honours by itself: control-register bits, the task priority, and
 /// what RDTSCP and RDPID read.
 void Monitor::refresh_control() {
@@ -751,6 +818,12 @@ void Monitor::refresh_control() {
     }
     if (cpu_.cr8 != machine_.vcpu().cr8())
         machine_.vcpu().set_cr8(cpu_.cr8);
+    if (const std::uint64_t dr7 = machine_dr7();
+        dr7 != machine_dr7_ || (cpu_.dr != machine_dr_ && dr7 != dr7_fixed)) {
+        machine_dr7_ = dr7;
+        machine_dr_ = cpu_.dr;
+        machine_.vcpu().set_debug_registers(machine_dr_, dr7);
+    }
     if (cpu_.cr0 == machine_cr0_ && cpu_.cr4 == machine_cr4_ && cpu_.efer == machine_efer_)
         return;
     machine_cr0_ = cpu_.cr0;

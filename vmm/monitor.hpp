@@ -47,8 +47,14 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     Step handle_trap(const Trap& trap);
     Step handle_page_fault(const Trap& trap);
     Step handle_exception(const Trap& trap);
+    Step deliver_nmi();
+    Step deliver_step();
+    [[nodiscard]] bool steps(const emulated::Done& done, bool stepping) const;
+    [[nodiscard]] std::uint64_t machine_dr7() const;
+    [[nodiscard]] bool met_breakpoint() const;
+    void tell_debug_status(bool stepping);
     Step handle_syscall();
-    void run_ahead();
+    [[nodiscard]] Step run_ahead();
     Step deliver_event(const Event& event, TrapReason reason);
     Step finish_user_entry();
     Step complete_event(const Event& event);
@@ -103,11 +109,14 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     GuestChecks* checks_;
     bool end_dead_halt_; ///< MonitorOptions::end_stuck
     std::optional<Debugger> debugger_;
-    std::optional<Event> held_event_; ///< caught by the debugger, to be delivered when the guest goes on
-    bool interrupt_shadow_ = false;   ///< of the next entry
-    bool single_step_ = false;        ///< the guest was entered for one instruction
-    bool interrupts_held_ = false;    ///< and for that, without EFLAGS.IF
-    bool was_halted_ = false;         ///< when the trap came
+    std::optional<Event> held_event_;   ///< caught by the debugger, to be delivered when the guest goes on
+    std::uint64_t machine_dr7_ = 0x400; ///< as the machine has it, with DR0 to DR3
+    std::array<std::uint64_t, 4> machine_dr_{};
+    bool nmi_pending_ = false;      ///< one has come, and the guest has not taken it
+    bool interrupt_shadow_ = false; ///< of the next entry
+    bool single_step_ = false;      ///< the guest was entered for one instruction
+    bool interrupts_held_ = false;  ///< and for that, without EFLAGS.IF
+    bool was_halted_ = false;       ///< when the trap came
     /// RIP while the machine makes a port access that is a step of its own: it goes nowhere from there.
     std::optional<std::uint64_t> after_access_;
     std::optional<Origin>

@@ -31,7 +31,8 @@ constexpr std::size_t area_pages = MonitorMemory::switcher_bytes / page_size;
 // The pages of a vCPU's block. Of those of the GDT the last one is there, with the switcher's descriptors at
 // its start, which are the last that the GDT has; of those of the LDT none.
 constexpr std::size_t idt_page = 0, tss_page = 1, gdt_page = 2, gdt_end_page = gdt_page + 16,
-                      ldt_page = gdt_end_page + 1, stack_page = ldt_page + 17;
+                      ldt_page = gdt_end_page + 1, nmi_stack_page = ldt_page + 17,
+                      fault_stack_page = nmi_stack_page + 2, stack_page = fault_stack_page + 2;
 constexpr std::size_t descriptor_table_bytes = 16 * page_size; ///< as many as a selector can name
 
 /// Where the pool is mapped, from the start of the reserved slot: its own entry of the slot's PDPT.
@@ -145,6 +146,8 @@ SwitcherRegion::SwitcherRegion(MonitorMemory& memory, unsigned vcpus)
         const std::size_t block = first_block + vcpu * block_pages_;
         for (const std::size_t page : {gdt_end_page, idt_page, tss_page})
             set(table_page, block + page, ShadowEntry(frame(block + page), reads | entry_bit::no_execute));
+        for (const std::size_t page : {nmi_stack_page, fault_stack_page})
+            set(table_page, block + page, ShadowEntry(frame(block + page), writes | entry_bit::no_execute));
         for (std::size_t page = stack_page; page + 1 < block_pages_; ++page) // the last one is a guard
             set(table_page, block + page, ShadowEntry(frame(block + page), writes | entry_bit::no_execute));
     }
@@ -228,11 +231,19 @@ void Switcher::place(unsigned slot) {
     const auto area = memory_.switcher();
 
     // IDT: 256 interrupt gates of DPL 0 (Intel SDM vol. 3A, 6.14.1), so that `int n` of the guest is #GP.
+    const auto interrupt_stack = [](std::size_t vector) -> std::uint64_t {
+        if (vector == static_cast<std::size_t>(Vector::nmi))
+            return 1;
+        return vector == static_cast<std::size_t>(Vector::double_fault) ||
+                       vector == static_cast<std::size_t>(Vector::machine_check)
+                   ? 2
+                   : 0;
+    };
     for (std::size_t vector = 0; vector < 256; ++vector) {
         const std::uint64_t stub = address(image_page * page_size + vector * STUB_SIZE);
         auto* gate = at<std::array<std::uint64_t, 2>>(area, block_ + idt_page * page_size + vector * 16);
-        (*gate)[0] = (stub & 0xffff) | std::uint64_t{ring0_cs} << 16 | std::uint64_t{0x8e} << 40 |
-                     (stub >> 16 & 0xffff) << 48;
+        (*gate)[0] = (stub & 0xffff) | std::uint64_t{ring0_cs} << 16 | interrupt_stack(vector) << 32 |
+                     std::uint64_t{0x8e} << 40 | (stub >> 16 & 0xffff) << 48;
         (*gate)[1] = stub >> 32;
     }
     // TSS (Intel SDM vol. 3A, 7.7): RSP0 at byte 4; the I/O bitmap lies beyond the limit, so every port is
@@ -241,6 +252,11 @@ void Switcher::place(unsigned slot) {
     const std::uint64_t tss = address(block_ + tss_page * page_size);
     const std::uint64_t top = address(stack_top_);
     std::memcpy(area.data() + block_ + tss_page * page_size + 4, &top, sizeof(top));
+    // IST1 and IST2 at byte 36: what may come in ring 0, where `syscall` leaves the guest's stack.
+    const std::array<std::uint64_t, 2> interrupt_stacks{address(block_ + (nmi_stack_page + 1) * page_size),
+                                                        address(block_ + (fault_stack_page + 1) * page_size)};
+    std::memcpy(area.data() + block_ + tss_page * page_size + 36, interrupt_stacks.data(),
+                sizeof(interrupt_stacks));
     const std::uint16_t bitmap = tss_limit + 1;
     std::memcpy(area.data() + block_ + tss_page * page_size + 102, &bitmap, sizeof(bitmap));
     auto* tss_descriptor =
@@ -317,7 +333,25 @@ std::uint64_t Switcher::machine_flags(const VirtualCpu& cpu) const {
     return flags | rflags::fixed;
 }
 
+/// An NMI that came in ring 0 is noted, and the machine put back to where it was.
+bool Switcher::set_nmi_aside() {
+    constexpr auto vector = static_cast<std::uint64_t>(Vector::nmi);
+    const std::uint64_t stub = address(image_page * page_size + vector * STUB_SIZE);
+    const Frame& frame =
+        *at<Frame>(memory_.switcher(), block_ + (nmi_stack_page + 1) * page_size - sizeof(Frame));
+    const std::uint64_t image = address(image_page * page_size);
+    const bool in_switcher = frame.cs == ring0_cs && frame.rip - image < image_pages * page_size;
+    if (machine_.rip() - stub >= STUB_SIZE || !in_switcher)
+        return false;
+    nmi_came_ = true;
+    machine_.set_rip(frame.rip);
+    machine_.set_rsp(frame.rsp);
+    machine_.set_rflags(frame.rflags);
+    return true;
+}
+
 Trap Switcher::leave(VirtualCpu& cpu) {
+    (void)set_nmi_aside();
     machine_.read_gprs(cpu.gpr);
     std::uint64_t flags = machine_.rflags();
     take_segments(cpu);
@@ -351,7 +385,11 @@ Trap Switcher::leave(VirtualCpu& cpu) {
     trap.kind = Trap::Kind::vector;
     trap.vector = static_cast<std::uint8_t>((rip - image) / STUB_SIZE);
     trap.address = GuestVirt(machine_.cr2());
-    const std::uint64_t top = address(stack_top_);
+    std::size_t stack_top = stack_top_;
+    for (const std::size_t page : {nmi_stack_page, fault_stack_page}) // not every KVM knows these
+        if (address(block_ + (page + 1) * page_size) - machine_.rsp() < page_size)
+            stack_top = block_ + (page + 1) * page_size;
+    const std::uint64_t top = address(stack_top);
     const std::uint64_t pushed = top - machine_.rsp();
     const bool with_code = pushed == sizeof(Frame) + sizeof(std::uint64_t);
     if (rip - image >= std::uint64_t{256} * STUB_SIZE || (!with_code && pushed != sizeof(Frame))) {
@@ -360,9 +398,9 @@ Trap Switcher::leave(VirtualCpu& cpu) {
         return trap;
     }
     const auto area = memory_.switcher();
-    const Frame& frame = *at<Frame>(area, stack_top_ - sizeof(Frame));
+    const Frame& frame = *at<Frame>(area, stack_top - sizeof(Frame));
     if (with_code)
-        trap.error_code = static_cast<std::uint32_t>(*at<std::uint64_t>(area, stack_top_ - pushed));
+        trap.error_code = static_cast<std::uint32_t>(*at<std::uint64_t>(area, stack_top - pushed));
     cpu.rip = frame.rip;
     cpu[Gpr::rsp] = frame.rsp;
     flags = frame.rflags;
@@ -550,8 +588,9 @@ void Switcher::prepare_work(const VirtualCpu& cpu, MachineFrame root, const Debt
 bool Switcher::finish_work() {
     bool interrupted = false;
     ExitReason reason = machine_.run();
-    for (; reason == ExitReason::interrupted; reason = machine_.run()) {
-        interrupted = true;
+    for (; reason == ExitReason::interrupted || (reason == ExitReason::port && set_nmi_aside());
+         reason = machine_.run()) {
+        interrupted |= reason == ExitReason::interrupted;
         machine_.clear_exit_request();
     }
     if (interrupted)

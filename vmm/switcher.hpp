@@ -98,6 +98,9 @@ class Switcher {
     /// then goes on at the same instruction, and is not checked until its next trap at least.
     [[nodiscard]] bool absorb_alignment_check(const VirtualCpu& cpu);
 
+    /// Whether an NMI met the machine in ring 0, once: it goes on there as if there had been none.
+    [[nodiscard]] bool nmi_came() { return std::exchange(nmi_came_, false); }
+
     /// What it shall take the host for from now on.
     void assume(const HostTraits& traits) { traits_ = traits; }
 
@@ -122,6 +125,7 @@ class Switcher {
     void put_segments(const VirtualCpu& cpu);
     void choose_code_and_stack(const VirtualCpu& cpu);
     void set_descriptor(const Segment& segment);
+    bool set_nmi_aside();
     [[nodiscard]] GuestVirt gdt_base() const;
     [[nodiscard]] GuestVirt ldt_base() const;
     [[nodiscard]] std::optional<std::uint16_t> selector_of(GuestVirt descriptor) const;
@@ -138,7 +142,8 @@ class Switcher {
     std::uint64_t syscall_entry_ = 0; ///< LSTAR
     MachineFrame root_;               ///< loaded in the machine's CR3
     std::uint64_t control_cr0_ = 0, control_cr4_ = 0,
-                  control_efer_ = 0;     ///< as set_control chose them, without CR0.AM
+                  control_efer_ = 0; ///< as set_control chose them, without CR0.AM
+    bool nmi_came_ = false;
     bool alignment_checks_ = false;      ///< the machine's CR0.AM
     bool hide_alignment_flag_ = false;   ///< the next entry leaves EFLAGS.AC out
     bool alignment_flag_hidden_ = false; ///< the last one did

@@ -607,7 +607,7 @@ void Debugger::halted() {
 
 void Debugger::delivered(const Event& event, const ReturnTo& interrupted) {
     const bool told = resumed_at_ == interrupted.rip;
-    if (event.kind == EventKind::external_interrupt)
+    if (is_interrupt(event.kind))
         entered_interrupt(interrupted);
     else
         instruction_ended(false);

@@ -582,7 +582,34 @@ void Vcpu::set_interrupt_shadow(bool shadow) {
     kvm_vcpu_events events{};
     events.flags = KVM_VCPUEVENT_VALID_SHADOW;
     events.interrupt.shadow = shadow ? KVM_X86_SHADOW_INT_STI : 0;
+    events.nmi.masked = nmi_blocked_ ? 1 : 0;           // is set without being asked
     (void)control(file_, KVM_SET_VCPU_EVENTS, &events); // nothing else is pending at a trap's exit
+}
+
+void Vcpu::unblock_nmi() {
+    if (!std::exchange(nmi_blocked_, false))
+        return;
+    kvm_vcpu_events events{};
+    if (control(file_, KVM_GET_VCPU_EVENTS, &events) != 0)
+        return;
+    events.flags = 0;
+    events.nmi.masked = 0;
+    (void)control(file_, KVM_SET_VCPU_EVENTS, &events);
+}
+
+void Vcpu::set_debug_registers(const std::array<std::uint64_t, 4>& addresses, std::uint64_t dr7) {
+    constexpr std::uint64_t dr6_nothing = 0xffff'0ff0;
+    kvm_debugregs registers{};
+    std::ranges::copy(addresses, registers.db);
+    registers.dr6 = dr6_nothing;
+    registers.dr7 = dr7;
+    (void)control(file_, KVM_SET_DEBUGREGS, &registers);
+}
+
+std::uint64_t Vcpu::debug_status() const {
+    kvm_debugregs registers{};
+    (void)control(file_, KVM_GET_DEBUGREGS, &registers);
+    return registers.dr6;
 }
 
 void Vcpu::halt() {

@@ -138,6 +138,14 @@ class Vcpu {
     /// Whether interrupts are held back for one instruction, as after STI. Only after an exit by a port
     /// access.
     void set_interrupt_shadow(bool shadow);
+    /// The machine has taken an NMI: KVM holds further ones back until it sees an IRET, or unblock_nmi().
+    void nmi_taken() { nmi_blocked_ = true; }
+    /// NMIs may come again. Cheap if none has been taken.
+    void unblock_nmi();
+    /// The guest's DR0 to DR3 and DR7 for the machine, with a DR6 that tells of nothing.
+    void set_debug_registers(const std::array<std::uint64_t, 4>& addresses, std::uint64_t dr7);
+    /// The machine's DR6.
+    [[nodiscard]] std::uint64_t debug_status() const;
     /// KVM_SET_MP_STATE: the vCPU sleeps until an interrupt that RFLAGS.IF admits.
     void halt();
     /// It sleeps no longer.
@@ -172,6 +180,7 @@ class Vcpu {
     std::size_t run_size_ = 0;
     int error_ = 0; ///< errno of a failed KVM_RUN
     std::uint64_t exits_ = 0;
+    bool nmi_blocked_ = false;
 };
 
 /// Whether KVM notes which pages of a memory slot are written to.
