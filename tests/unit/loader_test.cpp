@@ -2,7 +2,7 @@
 #include "vmm/loader/loader.hpp"
 
 #include "tests/unit/loader_fixture.hpp"
-#include "vmm/loader/acpi_tables.hpp"
+#include "vmm/loader/memory_plan.hpp"
 
 #include <cstddef>
 #include <cstring>
@@ -120,6 +120,44 @@ TEST(ElfLoaderTest, TakesWhatIsUnusualButFits) {
     EXPECT_EQ(failure(elf.bytes()), "");
 }
 
+// As ld makes it by -Ttext=0x100000: its first segment has the headers, in the page before.
+TEST(ElfLoaderTest, HeadersMayLieWhereFirmwareDoes) {
+    SmallElf elf;
+    Elf64_Phdr& first = elf.segments[data_segment];
+    first.p_flags = PF_R;
+    first.p_offset = 0;
+    first.p_paddr = first.p_vaddr = 0xff000;
+    first.p_filesz = first.p_memsz = sizeof elf.header + sizeof elf.segments;
+    const Bytes file = elf.bytes();
+    const TestRam ram(16 * mib);
+    const LoadedKernel kernel = load_kernel(file, {}, ram.memory());
+    EXPECT_EQ(kernel.entry, GuestVirt{0x100004});
+    EXPECT_EQ(ram.text(GuestPhys{0xff000}, first.p_filesz),
+              std::string(reinterpret_cast<const char*>(file.data()), first.p_filesz));
+    EXPECT_EQ(ram.text(GuestPhys{0xf0000}, 8), "RSD PTR ");
+}
+
+TEST(ElfLoaderTest, GetsAllRamThatItAsksFor) {
+    for (const std::uint64_t at : {0x0, 0x9'd000, 0xc'0000, 0xf'0000, 0xf'8000, 0xf'd001}) {
+        SmallElf elf;
+        elf.code = std::string(0x3000, 'x'); // as long as the data
+        elf.data = std::string(0x3000, 'y');
+        for (Elf64_Phdr& segment : elf.segments)
+            segment.p_filesz = segment.p_memsz = 0x3000;
+        elf.segments[data_segment].p_offset = elf.segments[code_segment].p_offset + 0x3000;
+        elf.segments[code_segment].p_paddr = mib;
+        elf.segments[data_segment].p_paddr = at;
+        if (at > mib - 0x3000)
+            elf.segments[code_segment].p_paddr = 2 * mib, elf.header.e_entry = 2 * mib;
+        const TestRam ram(16 * mib);
+        const LoadedKernel kernel = load_kernel(elf.bytes(), {.command_line = "text"}, ram.memory());
+        EXPECT_EQ(ram.text(GuestPhys{at}, 0x3000), elf.data) << at;
+        const auto params = ram.at<boot_params>(GuestPhys{kernel.rsi});
+        EXPECT_EQ(ram.text(GuestPhys{params.acpi_rsdp_addr}, 8), "RSD PTR ") << at;
+        EXPECT_EQ(ram.text(GuestPhys{params.hdr.cmd_line_ptr}, 5), std::string("text\0", 5)) << at;
+    }
+}
+
 TEST(ElfLoaderTest, LoadsIntoMemoryAboveFourGigabytes) {
     SmallElf elf;
     elf.segments[data_segment].p_paddr = 0x1'0000'0000;
@@ -160,7 +198,7 @@ TEST(ElfLoaderTest, EachDamagedFieldHasItsMessage) {
         {"wraps around", [](SmallElf& elf) { elf.segments[data_segment].p_memsz = huge; }},
         {"usable memory", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 0x9'f000; }},
         {"usable memory", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 0xa'0000; }},
-        {"usable memory", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 0xf'c000; }},
+        {"usable memory", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 0xb'ffff; }},
         {"at least 17 MiB", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 16 * mib - 0x2fff; }},
         {"at least 3000 MiB",
          [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 3000 * mib - 0x3000; }},
@@ -430,18 +468,6 @@ TEST(BootDataTest, MemoryMap) {
                                                               {4096 * mib, 6144 * mib, 1}}));
 }
 
-TEST(BootDataTest, UsableRamIsWhatTheMapCallsRam) {
-    const TestRam ram(4 * mib);
-    EXPECT_TRUE(is_usable_ram(ram.memory(), GuestPhys{0}, 0x9fc00));
-    EXPECT_FALSE(is_usable_ram(ram.memory(), GuestPhys{0}, 0x9fc01));
-    EXPECT_FALSE(is_usable_ram(ram.memory(), GuestPhys{0xb8000}, 1));
-    EXPECT_TRUE(is_usable_ram(ram.memory(), GuestPhys{mib}, 3 * mib));
-    EXPECT_FALSE(is_usable_ram(ram.memory(), GuestPhys{mib - 1}, 2));
-    EXPECT_FALSE(is_usable_ram(ram.memory(), GuestPhys{mib}, 3 * mib + 1));
-    EXPECT_FALSE(is_usable_ram(ram.memory(), GuestPhys{4 * mib}, 1));
-    EXPECT_FALSE(is_usable_ram(ram.memory(), GuestPhys{mib}, ~std::uint64_t{0}));
-}
-
 TEST(BootDataTest, PageTablesMapFourGigabytesToThemselves) {
     const TestRam ram(2 * mib);
     const LoadedKernel kernel = load_kernel(BzImage().bytes(), {}, ram.memory());
@@ -513,8 +539,25 @@ TEST(BootDataTest, ThatDoesNotFitBesideTheKernel) {
 TEST(BootDataTest, TellsOfTheAcpiTables) {
     const TestRam ram(16 * mib);
     const LoadedKernel kernel = load_kernel(BzImage().bytes(), {}, ram.memory());
-    EXPECT_EQ(+ram.at<boot_params>(GuestPhys{kernel.rsi}).acpi_rsdp_addr, acpi_tables_begin.value());
-    EXPECT_EQ(ram.text(acpi_tables_begin, 8), "RSD PTR ");
+    EXPECT_EQ(+ram.at<boot_params>(GuestPhys{kernel.rsi}).acpi_rsdp_addr, 0xf0000U);
+    EXPECT_EQ(ram.text(GuestPhys{0xf0000}, 8), "RSD PTR ");
+}
+
+TEST(BootDataTest, TellsOfAcpiTablesThatNoScanFinds) {
+    SmallElf elf;
+    elf.segments[data_segment].p_paddr = 0x9f000;
+    elf.segments[data_segment].p_memsz = 0x1000;
+    elf.segments[2] = elf.segments[data_segment];
+    elf.segments[2].p_paddr = 0xc0000;
+    elf.segments[2].p_memsz = 0x40000;
+    const TestRam ram(16 * mib);
+    const LoadedKernel kernel = load_kernel(elf.bytes(), {}, ram.memory());
+    const auto params = ram.at<boot_params>(GuestPhys{kernel.rsi});
+    EXPECT_EQ(+params.acpi_rsdp_addr, 16 * mib - 0x1000);
+    EXPECT_EQ(ram.text(GuestPhys{params.acpi_rsdp_addr}, 8), "RSD PTR ");
+    ASSERT_EQ(+params.e820_entries, 6) << "the map has them reserved";
+    EXPECT_EQ(params.e820_table[5].addr + params.e820_table[5].size, 16 * mib);
+    EXPECT_EQ(+params.e820_table[5].type, e820_reserved);
 }
 
 TEST(BootDataTest, MemoryWithoutRoomForIt) {
@@ -553,7 +596,7 @@ void load_mutations(const Bytes& seed, std::size_t header_size, unsigned rounds)
         try {
             const LoadedKernel kernel = load_kernel(file, {.command_line = "x", .initrd = {}}, ram.memory());
             ++loaded;
-            ASSERT_TRUE(is_usable_ram(ram.memory(), GuestPhys{kernel.entry.value()}, 1)) << round;
+            ASSERT_TRUE(MemoryPlan(ram.memory()).is_unclaimed(GuestPhys{kernel.entry.value()}, 1)) << round;
             const auto line = ram.at<boot_params>(GuestPhys{kernel.rsi}).hdr.cmd_line_ptr;
             ASSERT_EQ(ram.at<char>(GuestPhys{line}), 'x') << round;
             ASSERT_EQ(ram.at<std::uint64_t>(kernel.gdt + kernel.code_selector) >> 40 & 0xff, 0x9bU) << round;

@@ -43,16 +43,17 @@ LoadedKernel load_bzimage(const LoadContext& context, const LinuxImage& image) {
     if (load < high_load_address || load >= low_memory_end || size > low_memory_end - load)
         reject("not supported: a bzImage that wants {:#x} bytes at {}; it must lie between {} and {}", size,
                load, high_load_address, low_memory_end);
-    load_parts({{.start = load,
-                 .size = size,
-                 .contents = context.file.subspan(image.code_offset, image.code_size),
-                 .linked = GuestVirt{load.value()}}},
-               context.plan);
+    const PlacedKernel placed =
+        place_kernel({{.start = load,
+                       .size = size,
+                       .contents = context.file.subspan(image.code_offset, image.code_size),
+                       .linked = GuestVirt{load.value()}}},
+                     context.plan);
     header.code32_start = static_cast<std::uint32_t>(load.value());
     const bool long_mode = context.protocol == KernelProtocol::linux64;
     LoadedKernel kernel =
         finish_boot_data(context, long_mode ? StartMode::long_mode : StartMode::protected_mode, header,
-                         {load + size, initrd_limit(header)});
+                         placed, initrd_limit(header));
     kernel.entry = GuestVirt{load.value() + (long_mode ? long_mode_entry : 0)};
     return kernel;
 }
@@ -61,9 +62,8 @@ LoadedKernel load_vmlinux(const LoadContext& context, const ElfFile& elf, std::s
                           const setup_header& header) {
     const KernelParts parts = parts_of(elf, file);
     check_entry(parts, GuestPhys{elf.entry});
-    load_parts(parts, context.plan);
-    LoadedKernel kernel =
-        finish_boot_data(context, StartMode::long_mode, header, {end_of(parts), initrd_limit(header)});
+    LoadedKernel kernel = finish_boot_data(context, StartMode::long_mode, header,
+                                           place_kernel(parts, context.plan), initrd_limit(header));
     kernel.entry = GuestVirt{elf.entry};
     return kernel;
 }
