@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <fmt/core.h>
@@ -26,7 +27,7 @@ struct Span {
 /// A kernel that wants `kernel` for itself, with firmware around it.
 class Placed {
   public:
-    explicit Placed(const std::vector<Span>& kernel) : kernel_(kernel) {
+    explicit Placed(std::vector<Span> kernel) : kernel_(std::move(kernel)) {
         for (const Span& span : kernel_) {
             plan_.claim(GuestPhys{span.begin}, span.end - span.begin, "the kernel");
             std::ranges::fill(bytes(span), std::byte{0xee});
