@@ -52,6 +52,7 @@ template<class Class>
 struct SmallKernel {
     std::uint32_t address = text_address;
     std::uint32_t linked_above = 0; ///< virtual less physical address
+    std::uint32_t flags = PF_R | PF_W | PF_X;
     std::uint32_t entry = text_address + 0x80;
     std::optional<std::uint32_t> pvh_entry;
     Bytes text = Bytes(0x400, std::byte{0x90});
@@ -75,7 +76,7 @@ struct SmallKernel {
         bytes.insert(bytes.end(), text.begin(), text.end());
         typename Class::Program program{};
         program.p_type = PT_LOAD;
-        program.p_flags = PF_R | PF_W | PF_X;
+        program.p_flags = flags;
         program.p_offset = header_room;
         program.p_vaddr = address + linked_above;
         program.p_paddr = address;
@@ -379,6 +380,24 @@ TEST(MultibootKludgeTest, OutsideOfMemory) {
     EXPECT_NE(failure(file).find("at least 48 MiB"), std::string::npos);
 }
 
+TEST(MultibootModulesTest, MayBeEmpty) {
+    const Bytes none;
+    const std::array modules{BootModule{none, "nothing"}, BootModule{first_module, "something"}};
+    const Bytes file = multiboot1_kernel<Elf32>().file();
+    const Loaded loaded(file, {.modules = modules});
+    const std::uint64_t info = loaded.cpu[Gpr::rbx], list = loaded.word(info + 24);
+    EXPECT_EQ(loaded.word(info + 20), 2U);
+    EXPECT_EQ(loaded.word(list), loaded.word(list + 4));
+    EXPECT_EQ(loaded.string(loaded.word(list + 8)), "nothing");
+    EXPECT_EQ(loaded.ram.text(GuestPhys{loaded.word(list + 16)}, first_module.size()), "the first module");
+    SmallKernel<Elf64> pvh;
+    pvh.pvh_entry = text_address;
+    const Bytes pvh_file = pvh.file();
+    const Loaded by_pvh(pvh_file, {.modules = modules});
+    EXPECT_EQ(by_pvh.word(by_pvh.cpu[Gpr::rbx] + 12), 2U);
+    EXPECT_EQ(by_pvh.quad(by_pvh.quad(by_pvh.cpu[Gpr::rbx] + 16) + 8), 0U);
+}
+
 TEST(MultibootModulesTest, TooLarge) {
     const Bytes file = multiboot1_kernel<Elf32>().file();
     const Bytes large(15 * mib);
@@ -556,7 +575,7 @@ TYPED_TEST(MultibootTest, PvhTellsEverything) {
     }
 }
 
-TEST(PvhTest, EntryMustBeCode) {
+TEST(PvhTest, EntryMustBeInTheFile) {
     SmallKernel<Elf64> source;
     source.pvh_entry = text_address + 0x400;
     EXPECT_NE(failure(source.file()).find("entry point"), std::string::npos);
@@ -782,13 +801,33 @@ TEST(ChoiceTest, CompressedFilesAreUnpacked) {
     EXPECT_EQ(unpack_kernel_file(bytes_of("x")), bytes_of("x"));
 }
 
+/// NOVA's kernel has none but readable and writable segments; no other loader asks.
+TYPED_TEST(MultibootTest, SegmentsNeedNotBeExecutable) {
+    SmallKernel<TypeParam> source;
+    source.flags = PF_R | PF_W;
+    source.pvh_entry = source.entry;
+    put_multiboot1(source.text, 0, 0);
+    put_multiboot2(source.text, 0x40);
+    const Bytes file = source.file();
+    for (const Protocol protocol : read_kernel_file(file).protocols()) {
+        if (protocol != Protocol::flat && protocol != Protocol::flat32) {
+            EXPECT_EQ(Loaded(file, {.protocol = protocol}).cpu.rip, source.entry) << name(protocol);
+        }
+    }
+    source.linked_above = 0xc000'0000;
+    source.entry += source.linked_above;
+    EXPECT_EQ(Loaded(source.file(), {.protocol = Protocol::multiboot1}).cpu.rip, text_address + 0x80);
+}
+
 TEST(ChoiceTest, FirstOfferedUnlessAskedFor) {
     SmallKernel<Elf64> source;
     source.pvh_entry = text_address;
     put_multiboot1(source.text, 0, 0);
     put_multiboot2(source.text, 0x40);
     const Bytes file = source.file();
-    EXPECT_EQ(Loaded(file).kernel.protocol, Protocol::multiboot1);
+    EXPECT_EQ(Loaded(file).kernel.protocol, Protocol::pvh);
+    source.pvh_entry.reset();
+    EXPECT_EQ(Loaded(source.file()).kernel.protocol, Protocol::multiboot1);
     for (const Protocol protocol :
          {Protocol::multiboot1, Protocol::multiboot2, Protocol::pvh, Protocol::elf64})
         EXPECT_EQ(Loaded(file, {.protocol = protocol}).kernel.protocol, protocol);

@@ -210,7 +210,7 @@ TEST(ElfLoaderTest, EachDamagedFieldHasItsMessage) {
              for (auto& segment : elf.segments)
                  segment.p_type = PT_NOTE;
          }},
-        {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0x200000; }},
+        {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0x200000 + elf.data.size(); }},
         {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0x100000 + elf.code.size(); }},
         {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0xf'ffff; }},
         {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0; }},
@@ -637,7 +637,7 @@ constexpr const char* memtest_path = "/boot/memtest86+x64.bin";
 TEST(RealKernelTest, Memtest) {
     if (!std::filesystem::exists(memtest_path))
         GTEST_SKIP() << memtest_path << " is not here: package memtest86+ is not installed";
-    const Bytes file = read_file(memtest_path);
+    const Bytes file = read_kernel(memtest_path);
     const TestRam ram(64 * mib);
     const LoadedKernel kernel =
         load_kernel(file, {.command_line = "console=ttyS0,115200", .initrd = {}}, ram.memory());
@@ -654,7 +654,7 @@ TEST(RealKernelTest, Memtest) {
 TEST(RealKernelTest, MutatedMemtest) {
     if (!std::filesystem::exists(memtest_path))
         GTEST_SKIP() << memtest_path << " is not here: package memtest86+ is not installed";
-    load_mutations(read_file(memtest_path), 0x268, 2000);
+    load_mutations(read_kernel(memtest_path), 0x268, 2000);
 }
 
 // ---- Files and sizes
@@ -671,7 +671,7 @@ class ReadFileTest : public ::testing::Test {
 
     static std::string message(const std::string& path, std::string_view what = "kernel") {
         try {
-            (void)read_file(path, what);
+            (void)(what == "kernel" ? read_kernel(path) : read_file(path, what));
         } catch (const StartupError& error) {
             EXPECT_EQ(error.code(), ExitCode::bad_usage);
             return error.what();
@@ -685,7 +685,7 @@ class ReadFileTest : public ::testing::Test {
 TEST_F(ReadFileTest, ReadsEveryByte) {
     const std::string text("a\0b\n\r\xff", 6);
     std::ofstream(path("file"), std::ios::binary) << text;
-    EXPECT_EQ(read_file(path("file")), bytes_of(text));
+    EXPECT_EQ(read_file(path("file"), "file"), bytes_of(text));
 }
 
 TEST_F(ReadFileTest, TellsWhatIsWrong) {
@@ -697,6 +697,7 @@ TEST_F(ReadFileTest, TellsWhatIsWrong) {
     std::ofstream(path("empty")).close();
     EXPECT_EQ(message(path("empty")),
               fmt::format("cannot read kernel '{}': the file is empty", path("empty")));
+    EXPECT_EQ(message(path("empty"), "module"), "") << "a module of size 0";
     EXPECT_NE(message(""), "");
 
     std::ofstream(path("huge")).close();

@@ -595,8 +595,8 @@ struct ProtocolName {
 constexpr std::array<ProtocolName, kernel_protocols.size()> protocol_names{
     {{KernelProtocol::linux64, "linux"},
      {KernelProtocol::linux32, "linux32"},
-     {KernelProtocol::multiboot1, "multiboot1"},
      {KernelProtocol::pvh, "pvh"},
+     {KernelProtocol::multiboot1, "multiboot1"},
      {KernelProtocol::multiboot2, "multiboot2"},
      {KernelProtocol::elf64, "elf64"},
      {KernelProtocol::elf32, "elf32"},

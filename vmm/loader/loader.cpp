@@ -109,6 +109,10 @@ void write_gdt(const GuestMemory& memory, const LoadedKernel& kernel) {
     std::ranges::copy(bytes, memory.range(kernel.gdt, bytes.size()).begin());
 }
 
+[[noreturn]] void reject_file(const std::string& path, std::string_view what, const std::string& reason) {
+    reject("cannot read {} '{}': {}", what, path, reason);
+}
+
 } // namespace
 
 // --- For the loaders of single protocols
@@ -247,9 +251,7 @@ LoadedKernel load_kernel(std::span<const std::byte> file, const LoadRequest& req
 }
 
 std::vector<std::byte> read_file(const std::string& path, std::string_view what) {
-    const auto fail = [&](const std::string& reason) {
-        reject("cannot read {} '{}': {}", what, path, reason);
-    };
+    const auto fail = [&](const std::string& reason) { reject_file(path, what, reason); };
 
     std::error_code error;
     const auto status = std::filesystem::status(path, error);
@@ -262,8 +264,6 @@ std::vector<std::byte> read_file(const std::string& path, std::string_view what)
     const std::uintmax_t size = std::filesystem::file_size(path, error);
     if (error)
         fail(error.message());
-    if (size == 0)
-        fail("the file is empty");
     if (size > low_memory_end.value())
         fail("the file is larger than what a guest can be started with");
 
@@ -276,6 +276,14 @@ std::vector<std::byte> read_file(const std::string& path, std::string_view what)
     if (!stream)
         fail("it became shorter while it was read, or its disk failed");
     return bytes;
+}
+
+std::vector<std::byte> read_kernel(const std::string& path) {
+    constexpr std::string_view what = "kernel";
+    std::vector<std::byte> file = read_file(path, what);
+    if (file.empty())
+        reject_file(path, what, "the file is empty");
+    return file;
 }
 
 } // namespace umbra
