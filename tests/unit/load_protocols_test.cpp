@@ -779,6 +779,15 @@ TEST(LinuxTest, ThirtyTwoBitKernelIsChosenByItself) {
         "offers linux32, flat, flat32");
 }
 
+TEST(LinuxTest, AskedForByNameADamagedOneIsToldOf) {
+    Bytes file = bzimage({}, 0x0207, 0);
+    put(file, 0x214, std::uint32_t{0}); // code32_start
+    const std::string message = failure(file, {.protocol = Protocol::linux32});
+    EXPECT_EQ(message.find("it cannot be loaded by the protocol linux32: not supported: it is like iPXE"), 0U)
+        << message;
+    EXPECT_EQ(failure(file).find("not supported: it is like iPXE"), 0U);
+}
+
 TEST(LinuxTest, OldBootProtocols) {
     const Bytes file = bzimage({}, 0x0202, 0);
     const Loaded loaded(file, {.command_line = std::string(255, 'x'), .initrd = first_module});

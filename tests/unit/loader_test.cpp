@@ -338,6 +338,11 @@ TEST(BzImageLoaderTest, EachDamagedFieldHasItsMessage) {
         {"boot protocol 2.01", [](BzImage& image) { image.header.version = 0x0201; }},
         {"zImage", [](BzImage& image) { image.header.loadflags = 0; }},
         {"do not reach its entry", [](BzImage& image) { image.header.syssize = 0; }},
+        {"that needs a BIOS",
+         [](BzImage& image) {
+             image.header.xloadflags = 0;
+             image.header.syssize = 0;
+         }},
         {"do not reach its entry", [](BzImage& image) { image.header.syssize = 0x20; }},
         {"truncated", [](BzImage& image) { image.header.syssize = payload_size / 16 + 1; }},
         {"truncated", [](BzImage& image) { image.header.syssize = 0xffff'ffff; }},

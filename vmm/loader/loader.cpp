@@ -28,7 +28,9 @@ bool is_flat(KernelProtocol protocol) {
     std::string offered;
     for (const KernelProtocol protocol : kernel.protocols())
         offered += (offered.empty() ? "" : ", ") + std::string(name(protocol));
-    const std::string_view problem = kernel.problem(wanted);
+    // What is wrong with a bzImage is told once, of its first protocol.
+    const std::string_view problem =
+        kernel.problem(wanted == KernelProtocol::linux32 ? KernelProtocol::linux64 : wanted);
     reject("it cannot be loaded by the protocol {}{}{}; it offers {}", name(wanted),
            problem.empty() ? "" : ": ", problem, offered);
 }
