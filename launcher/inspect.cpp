@@ -11,7 +11,7 @@
 namespace umbra {
 
 int inspect_command(const std::string& path) {
-    const std::vector<std::byte> file = read_file(path);
+    const std::vector<std::byte> file = read_kernel(path);
     try {
         std::fputs(inspect_kernel_file(file).c_str(), stdout);
     } catch (const StartupError& error) {

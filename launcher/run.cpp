@@ -222,8 +222,8 @@ auto with_kernel_named(const RunOptions& options, Action action) {
     }
 }
 
-std::vector<std::byte> read_kernel(const RunOptions& options) {
-    std::vector<std::byte> file = read_file(options.kernel);
+std::vector<std::byte> unpacked_kernel(const RunOptions& options) {
+    std::vector<std::byte> file = read_kernel(options.kernel);
     return with_kernel_named(options, [&] { return unpack_kernel_file(std::move(file)); });
 }
 
@@ -234,7 +234,7 @@ class GuestFiles {
         : name_(options.kernel), command_line_(command_line(options)),
           protocol_(parse_protocol(options.protocol)), guest_decompress_(options.guest_decompress),
           load_address_(parse_address(options.load_address, "--load-address")),
-          entry_(parse_address(options.entry, "--entry")), kernel_(read_kernel(options)) {
+          entry_(parse_address(options.entry, "--entry")), kernel_(unpacked_kernel(options)) {
         for (const std::string& text : options.modules)
             modules_.push_back(read_module(text));
         name_modules();

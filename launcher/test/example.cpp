@@ -21,7 +21,7 @@ kernel = "build/kernel.elf"
 [[case]]
 name = "drivers"
 kernel = "build/kernel.elf"
-protocol = "multiboot1" # linux, linux32, multiboot1, pvh, multiboot2, elf64, elf32, flat, flat32 [as the file offers]
+protocol = "multiboot1" # linux, linux32, pvh, multiboot1, multiboot2, elf64, elf32, flat, flat32 [as the file offers]
 memory = "256M"
 cpus = 1                # a guest has one
 append = "test=drivers loglevel=7"           # the kernel's command line

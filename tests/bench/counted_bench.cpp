@@ -18,7 +18,7 @@ struct Counted {
 /// Runs a guest that stands beside this program; nothing unless it passes.
 std::optional<Counted> count_traps(const Kvm& kvm, const char* guest, bool virtual_tlb) {
     const auto build = std::filesystem::read_symlink("/proc/self/exe").parent_path();
-    const std::vector<std::byte> kernel = read_file(build / "guest" / guest);
+    const std::vector<std::byte> kernel = read_kernel(build / "guest" / guest);
     Machine machine(kvm, {.memory_bytes = std::uint64_t{64} << 20,
                           .pool_bytes = std::size_t{16} << 20,
                           .cpu = {},

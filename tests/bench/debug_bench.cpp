@@ -278,7 +278,7 @@ struct BreakpointTimes {
 };
 
 GuestVirt function_of(const std::filesystem::path& kernel, std::string_view name) {
-    const auto function = Symbols::from_elf(read_file(kernel)).function(name);
+    const auto function = Symbols::from_elf(read_kernel(kernel)).function(name);
     if (!function)
         throw Failure(fmt::format("'{}' has no function '{}'", kernel.string(), name));
     return function->start;

@@ -77,10 +77,21 @@ TEST_P(BootTest, InitialRamDiskArrivesUnchanged) {
     }
 }
 
+TEST_P(BootTest, EmptyFilesAreNoError) {
+    const std::string empty = folder_.write("empty", "");
+    expect_said(boot({"--initrd", empty}), {"no initrd"});
+    for (const char* const kernel : {"legacy_multiboot1", "legacy_multiboot2", "legacy_pvh"}) {
+        const Ended ended =
+            run_umbra({"run", "--engine", GetParam(), "--initrd", empty + " first module", "--module",
+                       empty + ",second module", "--fw-cfg", "name=opt/empty,file=" + empty, "-m", "64M",
+                       guest_file(kernel), "--", "memory=64", "modules=2", "empty-modules", "inexact-flags"});
+        EXPECT_EQ(ended.exit_code, 0) << ended;
+    }
+}
+
 TEST_P(BootTest, InitialRamDiskThatCannotBeHadIsOneLine) {
     const std::string large = folder_.write("large", std::string(std::size_t{4} << 20, 'x'));
-    for (const std::string& disk :
-         {folder_.file("missing"), folder_.file(""), folder_.write("empty", ""), large}) {
+    for (const std::string& disk : {folder_.file("missing"), folder_.file(""), large}) {
         const Ended ended = boot({"-m", "4M", "--initrd", disk});
         EXPECT_EQ(ended.exit_code, 2) << ended;
         EXPECT_EQ(lines_of(ended.err).size(), 1U) << ended;

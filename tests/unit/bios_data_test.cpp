@@ -19,7 +19,8 @@ namespace {
 TEST(BiosData, TellsOfPortsMemoryAndScreen) {
     std::vector<std::byte> ram(std::size_t{2} << 20);
     const GuestMemory memory(std::vector<GuestMemory::Region>{{GuestPhys{0}, ram}});
-    write_bios_data(memory);
+    write_bios_data(memory, true);
+    clear_screen(memory);
     const auto word = [&memory](std::uint64_t at) {
         return unsigned{memory.read<std::uint16_t>(GuestPhys(at)).value_or(0)};
     };
@@ -36,8 +37,7 @@ TEST(BiosData, TellsOfPortsMemoryAndScreen) {
 
     const GuestPhys extended(std::uint64_t{word(0x40e)} << 4);
     EXPECT_EQ(word(extended.value()) & 0xff, 1U) << "KB";
-    EXPECT_FALSE(is_usable_ram(memory, extended, 1));
-    EXPECT_TRUE(is_usable_ram(memory, GuestPhys{0}, extended.value()));
+    EXPECT_EQ(extended, GuestPhys{e820_map(memory).front().size}) << "where usable memory ends";
     EXPECT_EQ(extended.value(), word(0x413) * 1024U);
 
     const VgaScreen screen = vga_screen(memory, {});
@@ -54,7 +54,8 @@ TEST(BiosData, TellsOfPortsMemoryAndScreen) {
 TEST(BiosData, NeedsBaseMemory) {
     std::vector<std::byte> ram(0x9f000);
     const GuestMemory memory(std::vector<GuestMemory::Region>{{GuestPhys{0}, ram}});
-    EXPECT_THROW(write_bios_data(memory), StartupError);
+    EXPECT_THROW(write_bios_data(memory, true), StartupError);
+    EXPECT_THROW(clear_screen(memory), StartupError);
 }
 
 } // namespace

@@ -3,8 +3,10 @@
 #include "vmm/loader/kernel_file.hpp"
 
 #include "vmm/error.hpp"
+#include "vmm/loader/setup_header.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <functional>
 #include <initializer_list>
@@ -842,9 +844,9 @@ TYPED_TEST(ElfTest, OffersMultibootWithoutAddresses) {
     both.around = second.bytes();
     Bytes file = both.bytes();
     KernelFile kernel = read_kernel_file(file);
-    EXPECT_EQ(kernel.protocols(), (Protocols{Protocol::multiboot1, Protocol::pvh, Protocol::multiboot2,
+    EXPECT_EQ(kernel.protocols(), (Protocols{Protocol::pvh, Protocol::multiboot1, Protocol::multiboot2,
                                              TypeParam::protocol, Protocol::flat, Protocol::flat32}))
-        << "as QEMU chooses";
+        << "PVH first, which needs no BIOS";
     ASSERT_TRUE(kernel.multiboot1 && kernel.multiboot2);
     EXPECT_FALSE(kernel.multiboot1->placement);
     EXPECT_FALSE(kernel.multiboot2->placement);
@@ -975,6 +977,63 @@ TEST(BzImageTest, EachDamagedFieldHasItsMessage) {
     expect_problem(file, Protocol::linux64, "setup header ends at 0x26c");
 }
 
+/// As iPXE's header is: 2.07, where later versions have fields there are text and code, and no 32-bit entry.
+TEST(BzImageTest, WhatOnlyItsSetupCodeCanStartIsToldWhatItIs) {
+    BzImage ipxe;
+    ipxe.header.version = 0x0207;
+    ipxe.header.code32_start = 0;
+    ipxe.version = "1.0.0+git";
+    BzImage memdisk = ipxe;
+    memdisk.header.version = 0x0203;
+    memdisk.header.code32_start = 0x100000;
+    memdisk.header.syssize = 0x5a5a'0000; // of 16 bits
+    memdisk.version = "MEMDISK 6.04";
+    for (const BzImage& image : {ipxe, memdisk}) {
+        const Bytes file = image.bytes();
+        const KernelFile kernel = read_kernel_file(file);
+        EXPECT_EQ(kernel.protocols(), (Protocols{Protocol::flat, Protocol::flat32}));
+        EXPECT_EQ(kernel.problems.size(), 1U);
+        expect_problem(file, Protocol::linux64,
+                       "like iPXE and memdisk (" + image.version + "): only its real-mode code");
+    }
+    // Kernels of the time say where their 32-bit code starts.
+    ipxe.header.code32_start = 0x100000;
+    EXPECT_TRUE(read_kernel_file(ipxe.bytes()).offers(Protocol::linux32));
+    memdisk.header.syssize = 0x5a5a'0001;
+    const Bytes file = memdisk.bytes();
+    const KernelFile kernel = read_kernel_file(file);
+    ASSERT_TRUE(kernel.offers(Protocol::linux32));
+    EXPECT_EQ(kernel.linux_image->code_size, code_size) << "all of the file";
+}
+
+/// All of a header's bytes are set, and each field's last byte; Documentation/arch/x86/boot.rst has the
+/// versions.
+TEST(BzImageTest, FieldsThatCameLaterAreNotThere) {
+    struct Field {
+        std::uint16_t since;
+        std::size_t offset, size;
+    };
+    constexpr std::array fields{Field{0x0201, 0x224, 2}, Field{0x0202, 0x226, 6}, Field{0x0205, 0x230, 5},
+                                Field{0x020a, 0x235, 1}, Field{0x020c, 0x236, 2}, Field{0x0207, 0x23c, 12},
+                                Field{0x0208, 0x248, 8}, Field{0x0209, 0x250, 8}, Field{0x020a, 0x258, 12},
+                                Field{0x020b, 0x264, 4}, Field{0x020f, 0x268, 4}};
+    BzImage source;
+    std::memset(&source.header.heap_end_ptr, 0xa5, 0x26c - 0x224);
+    source.header.code32_start = 0x100000;
+    for (std::uint16_t version = 0x0202; version <= 0x0210; ++version) {
+        source.header.version = version;
+        const Bytes file = source.bytes();
+        const setup_header header = read_setup_header(file);
+        const auto* const bytes = reinterpret_cast<const unsigned char*>(&header);
+        for (const Field& field : fields)
+            for (std::size_t at = field.offset; at < field.offset + field.size; ++at)
+                EXPECT_EQ(bytes[at - 0x1f1], version < field.since ? 0 : 0xa5)
+                    << std::hex << version << ' ' << at;
+        EXPECT_EQ(+header.initrd_addr_max, version < 0x0203 ? 0x37ff'ffffU : 0xa5a5'a5a5U) << version;
+        EXPECT_EQ(+header.cmdline_size, version < 0x0206 ? 255U : 0xa5a5'a5a5U) << version;
+    }
+}
+
 TEST(BzImageTest, ItsLastParagraphNeedNotBeComplete) {
     Bytes file = BzImage().bytes();
     file.resize(file.size() - 15);
@@ -1040,6 +1099,24 @@ TEST(InspectTest, ShowsWhatABzImageContains) {
     EXPECT_TRUE(contains(text, " LOAD     r-x ")) << text;
     EXPECT_TRUE(contains(text, " .text ")) << text;
     EXPECT_TRUE(contains(text, "\n  notes       Linux 0x100, 4 bytes: 73 61 6c 74\n")) << text;
+}
+
+TEST(InspectTest, TellsOfOldKernelsWhatTheyHave) {
+    BzImage source;
+    source.header.version = 0x0207;
+    source.header.code32_start = 0x100000;
+    source.header.pref_address = 0x3634'6136'332e'3532; // text, in iPXE
+    source.header.init_size = 0x352d'3538;
+    const std::string text = inspect_kernel_file(source.bytes());
+    EXPECT_TRUE(contains(text, " is loaded to 0x100000; can be loaded elsewhere, alignment 0x200000\n"))
+        << text;
+    EXPECT_FALSE(contains(text, "payload")) << text;
+    source.header.version = 0x0202;
+    source.header.cmdline_size = source.header.initrd_addr_max = 0;
+    EXPECT_TRUE(contains(inspect_kernel_file(source.bytes()),
+                         "is loaded to 0x100000\n            command line of at most 255 bytes, initrd up to "
+                         "address 0x37ffffff\n"))
+        << inspect_kernel_file(source.bytes());
 }
 
 TEST(InspectTest, UnpacksCompressedFiles) {

@@ -3,7 +3,6 @@
 #include "vmm/loader/loader.hpp"
 
 #include "tests/unit/loader_fixture.hpp"
-#include "vmm/loader/acpi_tables.hpp"
 #include "vmm/machine.hpp"
 
 #include <algorithm>
@@ -53,6 +52,7 @@ template<class Class>
 struct SmallKernel {
     std::uint32_t address = text_address;
     std::uint32_t linked_above = 0; ///< virtual less physical address
+    std::uint32_t flags = PF_R | PF_W | PF_X;
     std::uint32_t entry = text_address + 0x80;
     std::optional<std::uint32_t> pvh_entry;
     Bytes text = Bytes(0x400, std::byte{0x90});
@@ -76,7 +76,7 @@ struct SmallKernel {
         bytes.insert(bytes.end(), text.begin(), text.end());
         typename Class::Program program{};
         program.p_type = PT_LOAD;
-        program.p_flags = PF_R | PF_W | PF_X;
+        program.p_flags = flags;
         program.p_offset = header_room;
         program.p_vaddr = address + linked_above;
         program.p_paddr = address;
@@ -380,6 +380,24 @@ TEST(MultibootKludgeTest, OutsideOfMemory) {
     EXPECT_NE(failure(file).find("at least 48 MiB"), std::string::npos);
 }
 
+TEST(MultibootModulesTest, MayBeEmpty) {
+    const Bytes none;
+    const std::array modules{BootModule{none, "nothing"}, BootModule{first_module, "something"}};
+    const Bytes file = multiboot1_kernel<Elf32>().file();
+    const Loaded loaded(file, {.modules = modules});
+    const std::uint64_t info = loaded.cpu[Gpr::rbx], list = loaded.word(info + 24);
+    EXPECT_EQ(loaded.word(info + 20), 2U);
+    EXPECT_EQ(loaded.word(list), loaded.word(list + 4));
+    EXPECT_EQ(loaded.string(loaded.word(list + 8)), "nothing");
+    EXPECT_EQ(loaded.ram.text(GuestPhys{loaded.word(list + 16)}, first_module.size()), "the first module");
+    SmallKernel<Elf64> pvh;
+    pvh.pvh_entry = text_address;
+    const Bytes pvh_file = pvh.file();
+    const Loaded by_pvh(pvh_file, {.modules = modules});
+    EXPECT_EQ(by_pvh.word(by_pvh.cpu[Gpr::rbx] + 12), 2U);
+    EXPECT_EQ(by_pvh.quad(by_pvh.quad(by_pvh.cpu[Gpr::rbx] + 16) + 8), 0U);
+}
+
 TEST(MultibootModulesTest, TooLarge) {
     const Bytes file = multiboot1_kernel<Elf32>().file();
     const Bytes large(15 * mib);
@@ -467,7 +485,7 @@ TYPED_TEST(MultibootTest, SecondVersionTellsEverything) {
     EXPECT_EQ(loaded.ram.text(GuestPhys{tags.at(14) + 8}, 8), "RSD PTR ");
     EXPECT_EQ(loaded.word(tags.at(14) + 4), 28U);
     EXPECT_EQ(loaded.word(tags.at(15) + 4), 8 + 36U);
-    EXPECT_EQ(loaded.ram.text(GuestPhys{tags.at(15) + 8}, 36), loaded.ram.text(acpi_tables_begin, 36));
+    EXPECT_EQ(loaded.ram.text(GuestPhys{tags.at(15) + 8}, 36), loaded.ram.text(GuestPhys{0xf0000}, 36));
     EXPECT_FALSE(tags.contains(21)) << "it was not relocated";
 }
 
@@ -537,7 +555,7 @@ TYPED_TEST(MultibootTest, PvhTellsEverything) {
     EXPECT_EQ(loaded.word(info + 12), 2U);
     const std::uint64_t list = loaded.quad(info + 16);
     EXPECT_EQ(loaded.string(loaded.quad(info + 24)), "a=b");
-    EXPECT_EQ(loaded.quad(info + 32), acpi_tables_begin.value());
+    EXPECT_EQ(loaded.quad(info + 32), 0xf0000U);
     const std::uint64_t map = loaded.quad(info + 40);
     const auto e820 = e820_map(loaded.ram.memory());
     EXPECT_EQ(loaded.word(info + 48), e820.size());
@@ -557,10 +575,26 @@ TYPED_TEST(MultibootTest, PvhTellsEverything) {
     }
 }
 
-TEST(PvhTest, EntryMustBeCode) {
+TEST(PvhTest, EntryMustBeInTheFile) {
     SmallKernel<Elf64> source;
     source.pvh_entry = text_address + 0x400;
     EXPECT_NE(failure(source.file()).find("entry point"), std::string::npos);
+}
+
+TYPED_TEST(MultibootTest, AcpiTablesMakeWayAndAreToldOf) {
+    auto source = multiboot2_kernel<TypeParam>();
+    source.address = 0xf0000;
+    source.entry = source.address + 0x80;
+    source.pvh_entry = source.entry;
+    const Bytes file = source.file();
+    const Loaded second(file, {.protocol = Protocol::multiboot2});
+    EXPECT_EQ(second.word(0xf0000), Multiboot2Header::magic);
+    EXPECT_EQ(second.ram.text(GuestPhys{tags_of(second).at(15) + 8}, 8), "RSD PTR ");
+    const Loaded pvh(file, {.protocol = Protocol::pvh});
+    const std::uint64_t rsdp = pvh.quad(pvh.cpu[Gpr::rbx] + 32);
+    EXPECT_GE(rsdp, 0xf0400U + bss_size);
+    EXPECT_LT(rsdp, 0x100000U);
+    EXPECT_EQ(pvh.ram.text(GuestPhys{rsdp}, 8), "RSD PTR ");
 }
 
 TEST(PvhTest, WithoutModules) {
@@ -633,7 +667,8 @@ TEST(PlainTest, FlatBinariesThatCannotBeLoaded) {
     EXPECT_EQ(at(0x8000, 0x81ff), "");
     EXPECT_NE(at(0x8000, 0x8200).find("entry point"), std::string::npos);
     EXPECT_NE(at(0x8000, 0x7fff).find("entry point"), std::string::npos);
-    EXPECT_NE(at(0x9fb00, 0x9fb00).find("usable memory"), std::string::npos);
+    EXPECT_EQ(at(0x9fb00, 0x9fb00), "") << "also where the extended BIOS data area would be";
+    EXPECT_NE(at(0x9ff00, 0x9ff00).find("usable memory"), std::string::npos);
     EXPECT_NE(at(16 * mib, 16 * mib).find("at least 17 MiB"), std::string::npos);
     EXPECT_NE(at(~std::uint64_t{0}, ~std::uint64_t{0}), "");
 }
@@ -744,6 +779,15 @@ TEST(LinuxTest, ThirtyTwoBitKernelIsChosenByItself) {
         "offers linux32, flat, flat32");
 }
 
+TEST(LinuxTest, AskedForByNameADamagedOneIsToldOf) {
+    Bytes file = bzimage({}, 0x0207, 0);
+    put(file, 0x214, std::uint32_t{0}); // code32_start
+    const std::string message = failure(file, {.protocol = Protocol::linux32});
+    EXPECT_EQ(message.find("it cannot be loaded by the protocol linux32: not supported: it is like iPXE"), 0U)
+        << message;
+    EXPECT_EQ(failure(file).find("not supported: it is like iPXE"), 0U);
+}
+
 TEST(LinuxTest, OldBootProtocols) {
     const Bytes file = bzimage({}, 0x0202, 0);
     const Loaded loaded(file, {.command_line = std::string(255, 'x'), .initrd = first_module});
@@ -766,13 +810,33 @@ TEST(ChoiceTest, CompressedFilesAreUnpacked) {
     EXPECT_EQ(unpack_kernel_file(bytes_of("x")), bytes_of("x"));
 }
 
+/// NOVA's kernel has none but readable and writable segments; no other loader asks.
+TYPED_TEST(MultibootTest, SegmentsNeedNotBeExecutable) {
+    SmallKernel<TypeParam> source;
+    source.flags = PF_R | PF_W;
+    source.pvh_entry = source.entry;
+    put_multiboot1(source.text, 0, 0);
+    put_multiboot2(source.text, 0x40);
+    const Bytes file = source.file();
+    for (const Protocol protocol : read_kernel_file(file).protocols()) {
+        if (protocol != Protocol::flat && protocol != Protocol::flat32) {
+            EXPECT_EQ(Loaded(file, {.protocol = protocol}).cpu.rip, source.entry) << name(protocol);
+        }
+    }
+    source.linked_above = 0xc000'0000;
+    source.entry += source.linked_above;
+    EXPECT_EQ(Loaded(source.file(), {.protocol = Protocol::multiboot1}).cpu.rip, text_address + 0x80);
+}
+
 TEST(ChoiceTest, FirstOfferedUnlessAskedFor) {
     SmallKernel<Elf64> source;
     source.pvh_entry = text_address;
     put_multiboot1(source.text, 0, 0);
     put_multiboot2(source.text, 0x40);
     const Bytes file = source.file();
-    EXPECT_EQ(Loaded(file).kernel.protocol, Protocol::multiboot1);
+    EXPECT_EQ(Loaded(file).kernel.protocol, Protocol::pvh);
+    source.pvh_entry.reset();
+    EXPECT_EQ(Loaded(source.file()).kernel.protocol, Protocol::multiboot1);
     for (const Protocol protocol :
          {Protocol::multiboot1, Protocol::multiboot2, Protocol::pvh, Protocol::elf64})
         EXPECT_EQ(Loaded(file, {.protocol = protocol}).kernel.protocol, protocol);

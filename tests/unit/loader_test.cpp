@@ -2,7 +2,7 @@
 #include "vmm/loader/loader.hpp"
 
 #include "tests/unit/loader_fixture.hpp"
-#include "vmm/loader/acpi_tables.hpp"
+#include "vmm/loader/memory_plan.hpp"
 
 #include <cstddef>
 #include <cstring>
@@ -120,6 +120,44 @@ TEST(ElfLoaderTest, TakesWhatIsUnusualButFits) {
     EXPECT_EQ(failure(elf.bytes()), "");
 }
 
+// As ld makes it by -Ttext=0x100000: its first segment has the headers, in the page before.
+TEST(ElfLoaderTest, HeadersMayLieWhereFirmwareDoes) {
+    SmallElf elf;
+    Elf64_Phdr& first = elf.segments[data_segment];
+    first.p_flags = PF_R;
+    first.p_offset = 0;
+    first.p_paddr = first.p_vaddr = 0xff000;
+    first.p_filesz = first.p_memsz = sizeof elf.header + sizeof elf.segments;
+    const Bytes file = elf.bytes();
+    const TestRam ram(16 * mib);
+    const LoadedKernel kernel = load_kernel(file, {}, ram.memory());
+    EXPECT_EQ(kernel.entry, GuestVirt{0x100004});
+    EXPECT_EQ(ram.text(GuestPhys{0xff000}, first.p_filesz),
+              std::string(reinterpret_cast<const char*>(file.data()), first.p_filesz));
+    EXPECT_EQ(ram.text(GuestPhys{0xf0000}, 8), "RSD PTR ");
+}
+
+TEST(ElfLoaderTest, GetsAllRamThatItAsksFor) {
+    for (const std::uint64_t at : {0x0, 0x9'd000, 0xc'0000, 0xf'0000, 0xf'8000, 0xf'd001}) {
+        SmallElf elf;
+        elf.code = std::string(0x3000, 'x'); // as long as the data
+        elf.data = std::string(0x3000, 'y');
+        for (Elf64_Phdr& segment : elf.segments)
+            segment.p_filesz = segment.p_memsz = 0x3000;
+        elf.segments[data_segment].p_offset = elf.segments[code_segment].p_offset + 0x3000;
+        elf.segments[code_segment].p_paddr = mib;
+        elf.segments[data_segment].p_paddr = at;
+        if (at > mib - 0x3000)
+            elf.segments[code_segment].p_paddr = 2 * mib, elf.header.e_entry = 2 * mib;
+        const TestRam ram(16 * mib);
+        const LoadedKernel kernel = load_kernel(elf.bytes(), {.command_line = "text"}, ram.memory());
+        EXPECT_EQ(ram.text(GuestPhys{at}, 0x3000), elf.data) << at;
+        const auto params = ram.at<boot_params>(GuestPhys{kernel.rsi});
+        EXPECT_EQ(ram.text(GuestPhys{params.acpi_rsdp_addr}, 8), "RSD PTR ") << at;
+        EXPECT_EQ(ram.text(GuestPhys{params.hdr.cmd_line_ptr}, 5), std::string("text\0", 5)) << at;
+    }
+}
+
 TEST(ElfLoaderTest, LoadsIntoMemoryAboveFourGigabytes) {
     SmallElf elf;
     elf.segments[data_segment].p_paddr = 0x1'0000'0000;
@@ -160,7 +198,7 @@ TEST(ElfLoaderTest, EachDamagedFieldHasItsMessage) {
         {"wraps around", [](SmallElf& elf) { elf.segments[data_segment].p_memsz = huge; }},
         {"usable memory", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 0x9'f000; }},
         {"usable memory", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 0xa'0000; }},
-        {"usable memory", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 0xf'c000; }},
+        {"usable memory", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 0xb'ffff; }},
         {"at least 17 MiB", [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 16 * mib - 0x2fff; }},
         {"at least 3000 MiB",
          [](SmallElf& elf) { elf.segments[data_segment].p_paddr = 3000 * mib - 0x3000; }},
@@ -172,7 +210,7 @@ TEST(ElfLoaderTest, EachDamagedFieldHasItsMessage) {
              for (auto& segment : elf.segments)
                  segment.p_type = PT_NOTE;
          }},
-        {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0x200000; }},
+        {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0x200000 + elf.data.size(); }},
         {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0x100000 + elf.code.size(); }},
         {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0xf'ffff; }},
         {"entry point", [](SmallElf& elf) { elf.header.e_entry = 0; }},
@@ -300,6 +338,11 @@ TEST(BzImageLoaderTest, EachDamagedFieldHasItsMessage) {
         {"boot protocol 2.01", [](BzImage& image) { image.header.version = 0x0201; }},
         {"zImage", [](BzImage& image) { image.header.loadflags = 0; }},
         {"do not reach its entry", [](BzImage& image) { image.header.syssize = 0; }},
+        {"that needs a BIOS",
+         [](BzImage& image) {
+             image.header.xloadflags = 0;
+             image.header.syssize = 0;
+         }},
         {"do not reach its entry", [](BzImage& image) { image.header.syssize = 0x20; }},
         {"truncated", [](BzImage& image) { image.header.syssize = payload_size / 16 + 1; }},
         {"truncated", [](BzImage& image) { image.header.syssize = 0xffff'ffff; }},
@@ -430,18 +473,6 @@ TEST(BootDataTest, MemoryMap) {
                                                               {4096 * mib, 6144 * mib, 1}}));
 }
 
-TEST(BootDataTest, UsableRamIsWhatTheMapCallsRam) {
-    const TestRam ram(4 * mib);
-    EXPECT_TRUE(is_usable_ram(ram.memory(), GuestPhys{0}, 0x9fc00));
-    EXPECT_FALSE(is_usable_ram(ram.memory(), GuestPhys{0}, 0x9fc01));
-    EXPECT_FALSE(is_usable_ram(ram.memory(), GuestPhys{0xb8000}, 1));
-    EXPECT_TRUE(is_usable_ram(ram.memory(), GuestPhys{mib}, 3 * mib));
-    EXPECT_FALSE(is_usable_ram(ram.memory(), GuestPhys{mib - 1}, 2));
-    EXPECT_FALSE(is_usable_ram(ram.memory(), GuestPhys{mib}, 3 * mib + 1));
-    EXPECT_FALSE(is_usable_ram(ram.memory(), GuestPhys{4 * mib}, 1));
-    EXPECT_FALSE(is_usable_ram(ram.memory(), GuestPhys{mib}, ~std::uint64_t{0}));
-}
-
 TEST(BootDataTest, PageTablesMapFourGigabytesToThemselves) {
     const TestRam ram(2 * mib);
     const LoadedKernel kernel = load_kernel(BzImage().bytes(), {}, ram.memory());
@@ -513,8 +544,25 @@ TEST(BootDataTest, ThatDoesNotFitBesideTheKernel) {
 TEST(BootDataTest, TellsOfTheAcpiTables) {
     const TestRam ram(16 * mib);
     const LoadedKernel kernel = load_kernel(BzImage().bytes(), {}, ram.memory());
-    EXPECT_EQ(+ram.at<boot_params>(GuestPhys{kernel.rsi}).acpi_rsdp_addr, acpi_tables_begin.value());
-    EXPECT_EQ(ram.text(acpi_tables_begin, 8), "RSD PTR ");
+    EXPECT_EQ(+ram.at<boot_params>(GuestPhys{kernel.rsi}).acpi_rsdp_addr, 0xf0000U);
+    EXPECT_EQ(ram.text(GuestPhys{0xf0000}, 8), "RSD PTR ");
+}
+
+TEST(BootDataTest, TellsOfAcpiTablesThatNoScanFinds) {
+    SmallElf elf;
+    elf.segments[data_segment].p_paddr = 0x9f000;
+    elf.segments[data_segment].p_memsz = 0x1000;
+    elf.segments[2] = elf.segments[data_segment];
+    elf.segments[2].p_paddr = 0xc0000;
+    elf.segments[2].p_memsz = 0x40000;
+    const TestRam ram(16 * mib);
+    const LoadedKernel kernel = load_kernel(elf.bytes(), {}, ram.memory());
+    const auto params = ram.at<boot_params>(GuestPhys{kernel.rsi});
+    EXPECT_EQ(+params.acpi_rsdp_addr, 16 * mib - 0x1000);
+    EXPECT_EQ(ram.text(GuestPhys{params.acpi_rsdp_addr}, 8), "RSD PTR ");
+    ASSERT_EQ(+params.e820_entries, 6) << "the map has them reserved";
+    EXPECT_EQ(params.e820_table[5].addr + params.e820_table[5].size, 16 * mib);
+    EXPECT_EQ(+params.e820_table[5].type, e820_reserved);
 }
 
 TEST(BootDataTest, MemoryWithoutRoomForIt) {
@@ -553,7 +601,7 @@ void load_mutations(const Bytes& seed, std::size_t header_size, unsigned rounds)
         try {
             const LoadedKernel kernel = load_kernel(file, {.command_line = "x", .initrd = {}}, ram.memory());
             ++loaded;
-            ASSERT_TRUE(is_usable_ram(ram.memory(), GuestPhys{kernel.entry.value()}, 1)) << round;
+            ASSERT_TRUE(MemoryPlan(ram.memory()).is_unclaimed(GuestPhys{kernel.entry.value()}, 1)) << round;
             const auto line = ram.at<boot_params>(GuestPhys{kernel.rsi}).hdr.cmd_line_ptr;
             ASSERT_EQ(ram.at<char>(GuestPhys{line}), 'x') << round;
             ASSERT_EQ(ram.at<std::uint64_t>(kernel.gdt + kernel.code_selector) >> 40 & 0xff, 0x9bU) << round;
@@ -594,7 +642,7 @@ constexpr const char* memtest_path = "/boot/memtest86+x64.bin";
 TEST(RealKernelTest, Memtest) {
     if (!std::filesystem::exists(memtest_path))
         GTEST_SKIP() << memtest_path << " is not here: package memtest86+ is not installed";
-    const Bytes file = read_file(memtest_path);
+    const Bytes file = read_kernel(memtest_path);
     const TestRam ram(64 * mib);
     const LoadedKernel kernel =
         load_kernel(file, {.command_line = "console=ttyS0,115200", .initrd = {}}, ram.memory());
@@ -611,7 +659,7 @@ TEST(RealKernelTest, Memtest) {
 TEST(RealKernelTest, MutatedMemtest) {
     if (!std::filesystem::exists(memtest_path))
         GTEST_SKIP() << memtest_path << " is not here: package memtest86+ is not installed";
-    load_mutations(read_file(memtest_path), 0x268, 2000);
+    load_mutations(read_kernel(memtest_path), 0x268, 2000);
 }
 
 // ---- Files and sizes
@@ -628,7 +676,7 @@ class ReadFileTest : public ::testing::Test {
 
     static std::string message(const std::string& path, std::string_view what = "kernel") {
         try {
-            (void)read_file(path, what);
+            (void)(what == "kernel" ? read_kernel(path) : read_file(path, what));
         } catch (const StartupError& error) {
             EXPECT_EQ(error.code(), ExitCode::bad_usage);
             return error.what();
@@ -642,7 +690,7 @@ class ReadFileTest : public ::testing::Test {
 TEST_F(ReadFileTest, ReadsEveryByte) {
     const std::string text("a\0b\n\r\xff", 6);
     std::ofstream(path("file"), std::ios::binary) << text;
-    EXPECT_EQ(read_file(path("file")), bytes_of(text));
+    EXPECT_EQ(read_file(path("file"), "file"), bytes_of(text));
 }
 
 TEST_F(ReadFileTest, TellsWhatIsWrong) {
@@ -654,6 +702,7 @@ TEST_F(ReadFileTest, TellsWhatIsWrong) {
     std::ofstream(path("empty")).close();
     EXPECT_EQ(message(path("empty")),
               fmt::format("cannot read kernel '{}': the file is empty", path("empty")));
+    EXPECT_EQ(message(path("empty"), "module"), "") << "a module of size 0";
     EXPECT_NE(message(""), "");
 
     std::ofstream(path("huge")).close();

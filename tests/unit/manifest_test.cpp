@@ -380,7 +380,7 @@ TEST(Manifest, MistakesInValues) {
                      "4:29: case.expect.exit: unknown key; expected outcome or code"},
              // Each key, of another type.
              Mistake{"protocol = 1",
-                     "4:12: case.protocol: expected linux, linux32, multiboot1, pvh, multiboot2, elf64, "
+                     "4:12: case.protocol: expected linux, linux32, pvh, multiboot1, multiboot2, elf64, "
                      "elf32, flat or flat32, not a number"},
              Mistake{"memory = []",
                      "4:10: case.memory: expected a size such as \"64M\", or a number of MiB, not a list"},
@@ -411,7 +411,7 @@ TEST(Manifest, MistakesInValues) {
                      R"(4:10: case.matrix: expected a table such as { memory = ["64M", "1G"] }, not a list)"},
              // Each key, with a bad value.
              Mistake{"protocol = 'multiboot'",
-                     "4:12: case.protocol: expected linux, linux32, multiboot1, pvh, multiboot2, "
+                     "4:12: case.protocol: expected linux, linux32, pvh, multiboot1, multiboot2, "
                      "elf64, elf32, flat or flat32, not 'multiboot'; did you mean 'multiboot1'?"},
              Mistake{"memory = '64X'",
                      "4:10: case.memory: bad memory size '64X': write a number with K, M or G, such as 64M"},

@@ -1,8 +1,7 @@
-// Writes the ACPI tables, structure by structure.
+// Makes the ACPI tables, structure by structure.
 #include "vmm/loader/acpi_tables.hpp"
 
 #include "vmm/devices/acpi_pm.hpp"
-#include "vmm/loader/reject.hpp"
 
 #include <algorithm>
 #include <array>
@@ -12,6 +11,7 @@
 #include <numeric>
 #include <span>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace umbra {
@@ -239,9 +239,9 @@ Header header(std::string_view signature, std::uint8_t revision) {
 /// Tables one after the other.
 class Writer {
   public:
-    Writer(const GuestMemory& memory, GuestPhys at) : memory_(memory), next_(at) {}
+    explicit Writer(GuestPhys at) : begin_(at) {}
 
-    /// Completes the table's header, whose length and checksum are still 0, and writes the table.
+    /// Completes the table's header, whose length and checksum are still 0, and adds the table.
     std::uint32_t add(std::vector<std::byte> table) {
         const auto length = static_cast<std::uint32_t>(table.size());
         std::memcpy(table.data() + offsetof(Header, length), &length, sizeof(length));
@@ -249,20 +249,20 @@ class Writer {
         return put(table);
     }
 
+    /// Where it will lie.
     std::uint32_t put(std::span<const std::byte> bytes) {
-        const auto at = static_cast<std::uint32_t>(next_.value());
-        const auto room = memory_.range(next_, bytes.size());
-        if (room.empty() || acpi_tables_end - next_ < bytes.size())
-            reject("guest memory is too small for the ACPI tables at {}", next_);
-        std::copy(bytes.begin(), bytes.end(), room.begin());
-        constexpr std::uint64_t alignment = 16;
-        next_ += (bytes.size() + alignment - 1) / alignment * alignment;
-        return at;
+        constexpr std::size_t alignment = 16;
+        bytes_.resize((bytes_.size() + alignment - 1) / alignment * alignment);
+        const GuestPhys at = begin_ + bytes_.size();
+        bytes_.insert(bytes_.end(), bytes.begin(), bytes.end());
+        return static_cast<std::uint32_t>(at.value());
     }
 
+    [[nodiscard]] std::vector<std::byte> take() && { return std::move(bytes_); }
+
   private:
-    const GuestMemory& memory_;
-    GuestPhys next_;
+    GuestPhys begin_;
+    std::vector<std::byte> bytes_;
 };
 
 template<class T>
@@ -329,10 +329,10 @@ std::vector<std::byte> make_madt(const AcpiConfig& config) {
 
 } // namespace
 
-GuestPhys write_acpi_tables(const GuestMemory& memory, const AcpiConfig& config) {
-    constexpr std::uint64_t facs_offset = 0x40; // it is aligned to 64 bytes
-    Writer writer(memory, acpi_tables_begin + facs_offset);
+AcpiTables make_acpi_tables(GuestPhys at, const AcpiConfig& config) {
+    Writer writer(at);
 
+    // The first, because it is aligned to 64 bytes.
     Facs facs{};
     facs.signature = text<4>("FACS");
     facs.length = sizeof(Facs);
@@ -355,8 +355,7 @@ GuestPhys write_acpi_tables(const GuestMemory& memory, const AcpiConfig& config)
     const auto bytes = std::as_bytes(std::span(&root, 1));
     root.checksum = checksum(bytes.first(offsetof(RootPointer, length)));
     root.extended_checksum = checksum(bytes);
-    (void)Writer(memory, acpi_tables_begin).put(bytes);
-    return acpi_tables_begin;
+    return {table_of(root), std::move(writer).take()};
 }
 
 } // namespace umbra

@@ -1,19 +1,14 @@
-// The ACPI tables of umbra's PC (ACPI specification 6.5, chapter 5), in the BIOS area, where a kernel finds
-// them by the legacy scan or by the address that its boot protocol passes.
-//
-//   0xf0000   RSDP, revision 2
-//   0xf0040   FACS
-//   0xf0080   DSDT, FADT (revision 5), MADT, RSDT, XSDT, each 16-byte aligned
+// The ACPI tables of umbra's PC (ACPI specification 6.5, chapter 5): root pointer (RSDP, revision 2), and
+// behind one another, each 16-byte aligned, FACS, DSDT, FADT (revision 5), MADT, RSDT and XSDT.
 #pragma once
 
 #include "shadow/address.hpp"
-#include "shadow/guest_memory.hpp"
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
 
 namespace umbra {
-
-/// The tables lie in [acpi_tables_begin, acpi_tables_end). The memory map has it reserved.
-inline constexpr GuestPhys acpi_tables_begin{0xf0000};
-inline constexpr GuestPhys acpi_tables_end{0xf8000};
 
 struct AcpiConfig {
     unsigned cpus = 1; ///< 1-255: local APICs with the IDs from 0
@@ -21,7 +16,15 @@ struct AcpiConfig {
     unsigned timer_pin = 0;
 };
 
-/// Writes the tables and returns the RSDP's address, acpi_tables_begin. `memory` must have RAM there.
-[[nodiscard]] GuestPhys write_acpi_tables(const GuestMemory& memory, const AcpiConfig& config);
+struct AcpiTables {
+    std::vector<std::byte> root_pointer;
+    std::vector<std::byte> tables;
+};
+
+inline constexpr std::uint64_t acpi_root_pointer_alignment = 16, acpi_tables_alignment = 64; ///< bytes
+
+/// The tables as they are to lie at `at`, aligned and below 4 GB; the root pointer may lie anywhere. Their
+/// size is the same for every place.
+[[nodiscard]] AcpiTables make_acpi_tables(GuestPhys at, const AcpiConfig& config);
 
 } // namespace umbra

@@ -4,17 +4,10 @@
 #include "vmm/loader/reject.hpp"
 
 #include <algorithm>
-#include <span>
 
 namespace umbra {
 
 namespace {
-
-// The legacy areas below 1 MB: the extended BIOS data area, VGA memory, and the BIOS.
-constexpr GuestPhys extended_bios_data{0x9fc00};
-constexpr GuestPhys vga_memory{0xa0000};
-constexpr GuestPhys bios{0xf0000};
-constexpr GuestPhys extended_memory{0x100000};
 
 constexpr std::uint64_t table_entries = 512;
 constexpr std::uint64_t large_page_size = std::uint64_t{2} << 20;
@@ -77,19 +70,11 @@ std::vector<boot_e820_entry> e820_map(const GuestMemory& memory) {
             continue;
         }
         add(region.base, extended_bios_data, e820_ram);
-        add(extended_bios_data, vga_memory, e820_reserved);
+        add(extended_bios_data, vga_memory_begin, e820_reserved);
         add(bios, extended_memory, e820_reserved);
         add(extended_memory, end, e820_ram);
     }
     return map;
-}
-
-bool is_usable_ram(const GuestMemory& memory, GuestPhys start, std::uint64_t size) {
-    const auto map = e820_map(memory);
-    return std::any_of(map.begin(), map.end(), [start, size](const boot_e820_entry& entry) {
-        const std::uint64_t offset = start.value() - entry.addr; // wraps when start is below: then too large
-        return entry.type == e820_ram && offset < entry.size && size <= entry.size - offset;
-    });
 }
 
 std::vector<std::uint64_t> boot_gdt_entries(StartMode mode, std::uint16_t code_selector) {
@@ -122,7 +107,7 @@ void write_boot_data(const GuestMemory& memory, const BootArea& area, const Boot
     params.ext_ramdisk_image = static_cast<std::uint32_t>(data.initrd.base.value() >> 32);
     params.ext_ramdisk_size = static_cast<std::uint32_t>(data.initrd.size >> 32);
 
-    const auto map = e820_map(memory);
+    const auto map = data.memory_map;
     if (map.size() > E820_MAX_ENTRIES_ZEROPAGE)
         reject("guest memory has too many regions for the memory map");
     std::copy(map.begin(), map.end(), params.e820_table);

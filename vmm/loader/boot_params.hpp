@@ -15,6 +15,7 @@
 
 #include <array>
 #include <cstdint>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -34,6 +35,14 @@ struct BootArea {
     [[nodiscard]] constexpr GuestPhys command_line() const { return base + 0x20000; }
     [[nodiscard]] constexpr GuestPhys end() const { return base + size; }
 };
+
+// A PC's areas below 1 MB: the extended BIOS data area ends base memory; then the VGA's memory, and firmware.
+// All but the VGA's is RAM.
+inline constexpr GuestPhys extended_bios_data{0x9fc00};
+inline constexpr GuestPhys vga_memory_begin{0xa0000};
+inline constexpr GuestPhys vga_memory_end{0xc0000};
+inline constexpr GuestPhys bios{0xf0000};
+inline constexpr GuestPhys extended_memory{0x100000};
 
 /// What the identity map covers: the first 4 GB.
 inline constexpr GuestPhys identity_map_end{std::uint64_t{4} << 30};
@@ -67,15 +76,13 @@ inline constexpr std::uint32_t e820_reserved = 2;
 /// The memory map as a PC BIOS would report it: RAM without the legacy areas below 1 MB.
 [[nodiscard]] std::vector<boot_e820_entry> e820_map(const GuestMemory& memory);
 
-/// Whether all of [start, start + size) is RAM that the memory map lets a kernel use.
-[[nodiscard]] bool is_usable_ram(const GuestMemory& memory, GuestPhys start, std::uint64_t size);
-
 /// What the kernel is told in boot_params.
 struct BootData {
     setup_header header{}; ///< of the bzImage, or an empty one; what a boot loader fills is filled here
     std::string_view command_line; ///< at most command_line_limit bytes
     MemoryBlock initrd;
     GuestPhys rsdp; ///< the ACPI root pointer
+    std::span<const boot_e820_entry> memory_map;
 };
 
 /// Writes boot_params, command line and page tables to `area`, which must lie in RAM, as must all below 1 MB.

@@ -547,8 +547,26 @@ std::string version_text(Bytes file, const setup_header& header) {
     return printable(file.subspan(at), limit);
 }
 
+constexpr std::uint64_t paragraph = 16; // the unit of syssize
+
+/// As the header tells; before boot protocol 2.04, which made its number wide enough, all that is in the
+/// file.
+std::uint64_t code_size(Bytes file, const setup_header& header) {
+    const std::uint64_t offset = protected_mode_offset(header);
+    return header.version < first_version_with_wide_size && offset < file.size() ? file.size() - offset
+                                                                                 : header.syssize * paragraph;
+}
+
+/// Whether nothing but the real-mode set-up code knows how to start what is behind it: a kernel tells how
+/// long it is, and at least one of its 64-bit entry, its payload and where its 32-bit code starts, which is 1
+/// MB.
+bool needs_setup_code(const setup_header& header) {
+    if (header.version >= first_64_bit_version && (header.xloadflags & XLF_KERNEL_64) != 0)
+        return false;
+    return header.syssize == 0 || (header.code32_start == 0 && header.payload_length == 0);
+}
+
 LinuxImage read_bzimage(Bytes file, std::vector<KernelFile::Problem>& problems) {
-    constexpr std::uint64_t paragraph = 16;                           // the unit of syssize
     constexpr std::uint16_t first_version_with_command_line = 0x0202; // by a 32-bit pointer
     LinuxImage image;
     image.is_bzimage = true;
@@ -559,12 +577,18 @@ LinuxImage read_bzimage(Bytes file, std::vector<KernelFile::Problem>& problems) 
                header.version & 0xff);
     if ((header.loadflags & LOADED_HIGH) == 0)
         reject("not supported: a zImage, which is loaded below 1 MB");
+    image.version = version_text(file, header);
+    if (needs_setup_code(header))
+        reject("not supported: it is like iPXE and memdisk ({}): only its real-mode code can start it, and "
+               "that needs "
+               "a BIOS; give umbra the kernel that it would load, or run it in QEMU",
+               image.version.empty() ? "a boot loader" : image.version);
     image.has_64_bit_entry =
         header.version >= first_64_bit_version && (header.xloadflags & XLF_KERNEL_64) != 0;
     if (!image.has_64_bit_entry)
         problems.push_back({KernelProtocol::linux64, "a bzImage without a 64-bit entry (a 32-bit kernel)"});
     image.code_offset = protected_mode_offset(header);
-    image.code_size = header.syssize * paragraph;
+    image.code_size = code_size(file, header);
     if (image.code_size <= (image.has_64_bit_entry ? long_mode_entry : 0))
         reject("damaged bzImage: {} bytes of code do not reach its entry", image.code_size);
     // The last paragraph need not be complete.
@@ -573,7 +597,6 @@ LinuxImage read_bzimage(Bytes file, std::vector<KernelFile::Problem>& problems) 
         reject("truncated bzImage: its header tells of {} bytes, the file has {}",
                image.code_offset + image.code_size, file.size());
     image.code_size = std::min(image.code_size, file.size() - image.code_offset);
-    image.version = version_text(file, header);
     if (header.payload_length == 0)
         return image;
     try {
@@ -595,8 +618,8 @@ struct ProtocolName {
 constexpr std::array<ProtocolName, kernel_protocols.size()> protocol_names{
     {{KernelProtocol::linux64, "linux"},
      {KernelProtocol::linux32, "linux32"},
-     {KernelProtocol::multiboot1, "multiboot1"},
      {KernelProtocol::pvh, "pvh"},
+     {KernelProtocol::multiboot1, "multiboot1"},
      {KernelProtocol::multiboot2, "multiboot2"},
      {KernelProtocol::elf64, "elf64"},
      {KernelProtocol::elf32, "elf32"},

@@ -21,17 +21,18 @@
 namespace umbra {
 
 /// How a kernel is started. In the order of automatic choice: Linux by its own protocol, which for Linux is
-/// the only one that tells it everything; then as QEMU's -kernel chooses, multiboot 1 before PVH; then what
-/// QEMU does not know; then what umbra's own guests are, ELF files entered at e_entry; then what any file is,
-/// bytes that are entered in 64-bit mode (flat) or 32-bit protected mode (flat32).
-enum class KernelProtocol { linux64, linux32, multiboot1, pvh, multiboot2, elf64, elf32, flat, flat32 };
+/// the only one that tells it everything; then PVH, whose kernels know that they are in a virtual machine
+/// without a BIOS, while some of those that multiboot starts, such as Xen, go back to real mode to call one;
+/// then multiboot 1 and 2; then what umbra's own guests are, ELF files entered at e_entry; then what any file
+/// is, bytes that are entered in 64-bit mode (flat) or 32-bit protected mode (flat32).
+enum class KernelProtocol { linux64, linux32, pvh, multiboot1, multiboot2, elf64, elf32, flat, flat32 };
 
 inline constexpr std::array kernel_protocols{
-    KernelProtocol::linux64, KernelProtocol::linux32,    KernelProtocol::multiboot1,
-    KernelProtocol::pvh,     KernelProtocol::multiboot2, KernelProtocol::elf64,
-    KernelProtocol::elf32,   KernelProtocol::flat,       KernelProtocol::flat32};
+    KernelProtocol::linux64,    KernelProtocol::linux32,    KernelProtocol::pvh,
+    KernelProtocol::multiboot1, KernelProtocol::multiboot2, KernelProtocol::elf64,
+    KernelProtocol::elf32,      KernelProtocol::flat,       KernelProtocol::flat32};
 
-/// As users write it: "linux", "linux32", "multiboot1", "multiboot2", "pvh", "elf64", "elf32", "flat",
+/// As users write it: "linux", "linux32", "pvh", "multiboot1", "multiboot2", "elf64", "elf32", "flat",
 /// "flat32".
 [[nodiscard]] std::string_view name(KernelProtocol protocol);
 [[nodiscard]] std::optional<KernelProtocol> kernel_protocol(std::string_view name);

@@ -196,11 +196,15 @@ void write_bzimage(Text& text, const LinuxImage& image) {
     else
         text.line("", "32-bit entry at its start");
     // Copies, because the header is packed.
-    text.line("", "prefers address {:#x}, takes {:#x} bytes there{}", std::uint64_t{header.pref_address},
-              std::uint32_t{header.init_size},
-              header.relocatable_kernel != 0 ? fmt::format("; can be loaded elsewhere, alignment {:#x}",
-                                                           std::uint32_t{header.kernel_alignment})
-                                             : "");
+    const std::string elsewhere = header.relocatable_kernel != 0
+                                      ? fmt::format("; can be loaded elsewhere, alignment {:#x}",
+                                                    std::uint32_t{header.kernel_alignment})
+                                      : "";
+    if (header.version >= first_version_with_preferred_address)
+        text.line("", "prefers address {:#x}, takes {:#x} bytes there{}", std::uint64_t{header.pref_address},
+                  std::uint32_t{header.init_size}, elsewhere);
+    else
+        text.line("", "is loaded to {:#x}{}", std::uint32_t{header.code32_start}, elsewhere);
     text.line("", "command line of at most {} bytes, initrd up to address {:#x}",
               std::uint32_t{header.cmdline_size}, std::uint32_t{header.initrd_addr_max});
 }

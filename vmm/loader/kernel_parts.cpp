@@ -23,8 +23,7 @@ KernelParts parts_of(const ElfFile& elf, std::span<const std::byte> file) {
         parts.push_back({.start = segment.physical_address,
                          .size = segment.memory_size,
                          .contents = file.subspan(segment.offset, segment.file_size),
-                         .linked = segment.virtual_address,
-                         .executable = (segment.flags & PF_X) != 0});
+                         .linked = segment.virtual_address});
     }
     std::ranges::sort(parts, {}, &KernelPart::start);
     const auto overlap =
@@ -70,16 +69,17 @@ void check_entry(const KernelParts& parts, GuestPhys entry) {
                "kernel is entered identity-mapped or without paging",
                entry.value());
     const bool inside = std::ranges::any_of(parts, [entry](const KernelPart& part) {
-        return part.executable && entry >= part.start && entry - part.start < part.contents.size();
+        return entry >= part.start && entry - part.start < part.contents.size();
     });
     if (!inside)
-        reject("the kernel's entry point {:#x} is not the physical address of code in an executable segment",
+        reject("the kernel's entry point {:#x} is not the physical address of anything that is loaded from "
+               "the file",
                entry.value());
 }
 
 GuestPhys translated_entry(const KernelParts& parts, std::uint64_t entry) {
     const auto found = std::ranges::find_if(parts, [at = GuestVirt{entry}](const KernelPart& part) {
-        return part.executable && at >= part.linked && at - part.linked < part.contents.size();
+        return at >= part.linked && at - part.linked < part.contents.size();
     });
     return found == parts.end() ? GuestPhys{entry} : found->start + (GuestVirt{entry} - found->linked);
 }

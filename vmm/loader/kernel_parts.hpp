@@ -17,7 +17,6 @@ struct KernelPart {
     std::uint64_t size = 0;              ///< bytes in memory, at least contents.size(); the rest is zero
     std::span<const std::byte> contents; ///< in the file
     GuestVirt linked;                    ///< the virtual address that the ELF gives to `start`
-    bool executable = true;
 
     [[nodiscard]] GuestPhys end() const { return start + size; }
 };
@@ -38,8 +37,9 @@ void load_parts(const KernelParts& parts, MemoryPlan& plan);
 [[nodiscard]] GuestPhys end_of(const KernelParts& parts);
 [[nodiscard]] GuestPhys begin_of(const KernelParts& parts);
 
-/// Throws StartupError(bad_usage) unless `entry` is the physical address of code that comes from the file (to
-/// enter zeroed memory is never meant) and lies below 4 GB.
+/// Throws StartupError(bad_usage) unless `entry` is the physical address of something that comes from the
+/// file (to enter zeroed memory is never meant) and lies below 4 GB. Whether an ELF calls its segment
+/// executable does not matter: no loader asks, and there are kernels that do not.
 void check_entry(const KernelParts& parts, GuestPhys entry);
 
 /// Where an ELF is entered by loaders that take e_entry for a virtual address, as QEMU's and GRUB's do, if it

@@ -12,21 +12,11 @@ namespace {
 
 constexpr GuestPhys high_load_address{0x100000};
 
-// The boot protocols that brought the fields of the setup header, and what older kernels stand for.
-constexpr std::uint16_t first_with_initrd_limit = 0x0203, first_with_command_line_size = 0x0206,
-                        first_with_preferred_address = 0x020a;
-constexpr std::uint32_t default_initrd_limit = 0x37ff'ffff, default_command_line_size = 255;
-
-setup_header complete(setup_header header) {
-    if (header.version < first_with_initrd_limit)
-        header.initrd_addr_max = default_initrd_limit;
-    if (header.version < first_with_command_line_size)
-        header.cmdline_size = default_command_line_size;
-    if (header.version < first_with_preferred_address) {
-        header.pref_address = header.code32_start;
-        header.init_size = 0;
-    }
-    return header;
+/// Where a bzImage wants its code.
+GuestPhys load_address(const setup_header& header) {
+    const std::uint64_t preferred =
+        header.version < first_version_with_preferred_address ? header.code32_start : header.pref_address;
+    return preferred == 0 ? high_load_address : GuestPhys{preferred};
 }
 
 GuestPhys initrd_limit(const setup_header& header) {
@@ -35,24 +25,25 @@ GuestPhys initrd_limit(const setup_header& header) {
 
 /// The code of a bzImage as it is, which unpacks the kernel in the guest.
 LoadedKernel load_bzimage(const LoadContext& context, const LinuxImage& image) {
-    setup_header header = complete(image.header);
+    setup_header header = image.header;
     // Relocatable kernels are loaded there as well: Linux does not unpack itself below its preferred address,
     // so a lower one would save no memory.
-    const GuestPhys load = header.pref_address == 0 ? high_load_address : GuestPhys{header.pref_address};
+    const GuestPhys load = load_address(header);
     const std::uint64_t size = std::max<std::uint64_t>(header.init_size, image.code_size);
     if (load < high_load_address || load >= low_memory_end || size > low_memory_end - load)
         reject("not supported: a bzImage that wants {:#x} bytes at {}; it must lie between {} and {}", size,
                load, high_load_address, low_memory_end);
-    load_parts({{.start = load,
-                 .size = size,
-                 .contents = context.file.subspan(image.code_offset, image.code_size),
-                 .linked = GuestVirt{load.value()}}},
-               context.plan);
+    const PlacedKernel placed =
+        place_kernel({{.start = load,
+                       .size = size,
+                       .contents = context.file.subspan(image.code_offset, image.code_size),
+                       .linked = GuestVirt{load.value()}}},
+                     context.plan);
     header.code32_start = static_cast<std::uint32_t>(load.value());
     const bool long_mode = context.protocol == KernelProtocol::linux64;
     LoadedKernel kernel =
         finish_boot_data(context, long_mode ? StartMode::long_mode : StartMode::protected_mode, header,
-                         {load + size, initrd_limit(header)});
+                         placed, initrd_limit(header));
     kernel.entry = GuestVirt{load.value() + (long_mode ? long_mode_entry : 0)};
     return kernel;
 }
@@ -61,9 +52,8 @@ LoadedKernel load_vmlinux(const LoadContext& context, const ElfFile& elf, std::s
                           const setup_header& header) {
     const KernelParts parts = parts_of(elf, file);
     check_entry(parts, GuestPhys{elf.entry});
-    load_parts(parts, context.plan);
-    LoadedKernel kernel =
-        finish_boot_data(context, StartMode::long_mode, header, {end_of(parts), initrd_limit(header)});
+    LoadedKernel kernel = finish_boot_data(context, StartMode::long_mode, header,
+                                           place_kernel(parts, context.plan), initrd_limit(header));
     kernel.entry = GuestVirt{elf.entry};
     return kernel;
 }
@@ -88,7 +78,7 @@ LoadedKernel load_linux(const LoadContext& context) {
     if (!kernel.offers(KernelProtocol::elf64))
         reject("damaged bzImage: what it contains is no 64-bit kernel; {}",
                kernel.problem(KernelProtocol::elf64));
-    setup_header header = complete(image.header);
+    setup_header header = image.header;
     header.code32_start = static_cast<std::uint32_t>(kernel.elf->entry);
     return load_vmlinux(context, *kernel.elf, vmlinux, header);
 }

@@ -96,8 +96,7 @@ LoadedKernel load_multiboot1(const LoadContext& context) {
     const GuestPhys entry =
         header.placement ? header.placement->entry : translated_entry(parts, context.kernel.elf->entry);
     check_entry(parts, entry);
-    load_parts(parts, plan);
-    const GuestPhys kernel_end = end_of(parts);
+    const GuestPhys kernel_end = place_kernel(parts, plan).end;
 
     Information info;
     info.flags = has_memory | has_command_line | has_modules | has_memory_map | has_boot_loader_name;
@@ -111,11 +110,11 @@ LoadedKernel load_multiboot1(const LoadContext& context) {
     if (!modules.empty())
         info.modules = word(store_objects(plan, modules));
 
-    const BasicMemory memory = basic_memory(plan.memory());
+    const BasicMemory memory = basic_memory(plan);
     info.memory_lower = memory.lower;
     info.memory_upper = memory.upper;
     std::vector<MemoryMapEntry> map;
-    for (const boot_e820_entry& range : e820_map(plan.memory()))
+    for (const boot_e820_entry& range : plan.memory_map())
         map.push_back({sizeof(MemoryMapEntry) - sizeof(std::uint32_t), range.addr, range.size, range.type});
     info.memory_map = word(store_objects(plan, map));
     info.memory_map_length = word(map.size() * sizeof(MemoryMapEntry));

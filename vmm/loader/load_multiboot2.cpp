@@ -101,8 +101,8 @@ std::uint64_t relocate(KernelParts& parts, const Multiboot2Header::Relocation& w
     return *base - linked;
 }
 
-void add_memory(const GuestMemory& memory, Tags& tags) {
-    const BasicMemory basic = basic_memory(memory);
+void add_memory(const MemoryPlan& plan, Tags& tags) {
+    const BasicMemory basic = basic_memory(plan);
     tags.begin(InfoTag::basic_memory);
     tags.add(basic.lower);
     tags.add(basic.upper);
@@ -111,7 +111,7 @@ void add_memory(const GuestMemory& memory, Tags& tags) {
     tags.begin(InfoTag::memory_map);
     tags.add(entry_size);
     tags.add(entry_version);
-    for (const boot_e820_entry& range : e820_map(memory)) {
+    for (const boot_e820_entry& range : plan.memory_map()) {
         tags.add(std::uint64_t{range.addr});
         tags.add(std::uint64_t{range.size});
         tags.add(std::uint32_t{range.type});
@@ -132,14 +132,12 @@ void add_screen(Tags& tags) {
 }
 
 /// Copies of the ACPI root pointer: that of ACPI 1.0, and all of it.
-void add_acpi(const LoadContext& context, Tags& tags) {
+void add_acpi(const GuestMemory& memory, GuestPhys rsdp, Tags& tags) {
     constexpr std::uint64_t old_size = 20, length_at = 20;
-    const GuestMemory& memory = context.plan.memory();
     tags.begin(InfoTag::acpi_old_rsdp);
-    tags.add_bytes(memory.range(context.rsdp, old_size));
+    tags.add_bytes(memory.range(rsdp, old_size));
     tags.begin(InfoTag::acpi_new_rsdp);
-    tags.add_bytes(
-        memory.range(context.rsdp, memory.read<std::uint32_t>(context.rsdp + length_at).value_or(0)));
+    tags.add_bytes(memory.range(rsdp, memory.read<std::uint32_t>(rsdp + length_at).value_or(0)));
 }
 
 void add_sections(const LoadContext& context, GuestPhys kernel_end, Tags& tags) {
@@ -176,25 +174,24 @@ LoadedKernel load_multiboot2(const LoadContext& context) {
     check_entry(parts, entry);
     if (header.relocation)
         entry += relocate(parts, *header.relocation, context.plan);
-    load_parts(parts, context.plan);
-    const GuestPhys kernel_end = end_of(parts);
+    const PlacedKernel placed = place_kernel(parts, context.plan);
 
     Tags tags;
     tags.begin(InfoTag::command_line);
     tags.add_text(context.request.command_line);
     tags.begin(InfoTag::boot_loader_name);
     tags.add_text(boot_loader_name);
-    for (const PlacedModule& module : place_modules(context, kernel_end)) {
+    for (const PlacedModule& module : place_modules(context, placed.end)) {
         tags.begin(InfoTag::module);
         tags.add(word(module.begin));
         tags.add(word(module.end));
         tags.add_text(module.arguments);
     }
-    add_memory(context.plan.memory(), tags);
+    add_memory(context.plan, tags);
     add_screen(tags);
     if (!header.placement)
-        add_sections(context, kernel_end, tags);
-    add_acpi(context, tags);
+        add_sections(context, placed.end, tags);
+    add_acpi(context.plan.memory(), placed.rsdp, tags);
     if (header.relocation) {
         tags.begin(InfoTag::load_base);
         tags.add(word(begin_of(parts)));

@@ -24,10 +24,10 @@ LoadedKernel load_plain(const LoadContext& context) {
     const KernelParts parts = flat ? flat_part(context, load) : parts_of(*context.kernel.elf, context.file);
     const GuestPhys entry = flat ? request.entry.value_or(load) : GuestPhys{context.kernel.elf->entry};
     check_entry(parts, entry);
-    load_parts(parts, context.plan);
+    const PlacedKernel placed = place_kernel(parts, context.plan);
     LoadedKernel kernel =
         finish_boot_data(context, long_mode ? StartMode::long_mode : StartMode::protected_mode,
-                         header_without_bzimage(), {end_of(parts), low_memory_end});
+                         header_without_bzimage(), placed, low_memory_end);
     kernel.entry = GuestVirt{entry.value()};
     kernel.rdi = kernel.rsi;
     return kernel;

@@ -39,14 +39,14 @@ LoadedKernel load_pvh(const LoadContext& context) {
     MemoryPlan& plan = context.plan;
     const KernelParts parts = parts_of(*context.kernel.elf, context.file);
     check_entry(parts, *context.kernel.pvh_entry);
-    load_parts(parts, plan);
+    const PlacedKernel placed = place_kernel(parts, plan);
 
     std::vector<ModuleEntry> modules;
-    for (const PlacedModule& module : place_modules(context, end_of(parts)))
+    for (const PlacedModule& module : place_modules(context, placed.end))
         modules.push_back(
             {module.begin.value(), module.end - module.begin, store_text(plan, module.arguments).value()});
     std::vector<MemoryMapEntry> map;
-    for (const boot_e820_entry& entry : e820_map(plan.memory()))
+    for (const boot_e820_entry& entry : plan.memory_map())
         map.push_back({entry.addr, entry.size, entry.type});
 
     StartInfo info;
@@ -54,7 +54,7 @@ LoadedKernel load_pvh(const LoadContext& context) {
     if (!modules.empty())
         info.modules = store_objects(plan, modules).value();
     info.command_line = store_text(plan, context.request.command_line).value();
-    info.rsdp = context.rsdp.value();
+    info.rsdp = placed.rsdp.value();
     info.memory_map = store_objects(plan, map).value();
     info.memory_map_entries = static_cast<std::uint32_t>(map.size());
 

@@ -1,10 +1,8 @@
 // Chooses the protocol, and places what several of them have: initrd, modules, boot data.
 #include "vmm/loader/loader.hpp"
 
-#include "vmm/loader/acpi_tables.hpp"
-#include "vmm/loader/bios_data.hpp"
+#include "vmm/loader/firmware.hpp"
 #include "vmm/loader/memory_size.hpp"
-#include "vmm/loader/mp_table.hpp"
 #include "vmm/loader/protocols.hpp"
 #include "vmm/loader/reject.hpp"
 #include "vmm/loader/setup_header.hpp"
@@ -30,7 +28,9 @@ bool is_flat(KernelProtocol protocol) {
     std::string offered;
     for (const KernelProtocol protocol : kernel.protocols())
         offered += (offered.empty() ? "" : ", ") + std::string(name(protocol));
-    const std::string_view problem = kernel.problem(wanted);
+    // What is wrong with a bzImage is told once, of its first protocol.
+    const std::string_view problem =
+        kernel.problem(wanted == KernelProtocol::linux32 ? KernelProtocol::linux64 : wanted);
     reject("it cannot be loaded by the protocol {}{}{}; it offers {}", name(wanted),
            problem.empty() ? "" : ": ", problem, offered);
 }
@@ -70,17 +70,17 @@ LoadedKernel load_by_protocol(const LoadContext& context) {
 // --- Initrd and boot data
 
 /// Copies the initrd as high as the kernel allows, where Linux expects it to be out of its way.
-MemoryBlock place_initrd(const LoadContext& context, const InitrdBounds& bounds) {
+MemoryBlock place_initrd(const LoadContext& context, GuestPhys kernel_end, GuestPhys highest) {
     const auto initrd = context.request.initrd;
     if (initrd.empty())
         return {};
-    const GuestPhys floor = (bounds.kernel_end + (page_size - 1)).page_base();
-    const GuestPhys limit = std::min(bounds.limit, low_memory_end).page_base();
+    const GuestPhys floor = (kernel_end + (page_size - 1)).page_base();
+    const GuestPhys limit = std::min(highest, low_memory_end).page_base();
     const std::uint64_t space = (initrd.size() + page_size - 1) & ~(page_size - 1);
     if (floor > limit || space > limit - floor)
         reject("the initrd of {} bytes does not fit between the kernel's end {} and {}, the highest address "
                "that it may have",
-               initrd.size(), bounds.kernel_end, limit);
+               initrd.size(), kernel_end, limit);
     const auto base = context.plan.highest(space, {floor, limit});
     if (!base)
         reject("the initrd of {} bytes does not fit into guest memory: it needs at least {} MiB",
@@ -111,6 +111,10 @@ void write_gdt(const GuestMemory& memory, const LoadedKernel& kernel) {
     std::ranges::copy(bytes, memory.range(kernel.gdt, bytes.size()).begin());
 }
 
+[[noreturn]] void reject_file(const std::string& path, std::string_view what, const std::string& reason) {
+    reject("cannot read {} '{}': {}", what, path, reason);
+}
+
 } // namespace
 
 // --- For the loaders of single protocols
@@ -127,15 +131,19 @@ setup_header header_without_bzimage() {
 }
 
 LoadedKernel finish_boot_data(const LoadContext& context, StartMode mode, const setup_header& header,
-                              const InitrdBounds& bounds) {
+                              const PlacedKernel& placed, GuestPhys initrd_limit) {
     const std::string_view line = context.request.command_line;
     const std::uint64_t limit = std::min<std::uint64_t>(header.cmdline_size, command_line_limit);
     if (line.size() > limit)
         reject("the command line has {} bytes; this kernel takes at most {}", line.size(), limit);
     const BootArea area = place_boot_area(context.plan);
-    const MemoryBlock initrd = place_initrd(context, bounds);
+    const MemoryBlock initrd = place_initrd(context, placed.end, initrd_limit);
     write_boot_data(context.plan.memory(), area,
-                    {.header = header, .command_line = line, .initrd = initrd, .rsdp = context.rsdp});
+                    {.header = header,
+                     .command_line = line,
+                     .initrd = initrd,
+                     .rsdp = placed.rsdp,
+                     .memory_map = context.plan.memory_map()});
     LoadedKernel kernel;
     kernel.mode = mode;
     kernel.stack_top = area.stack_top();
@@ -145,6 +153,11 @@ LoadedKernel finish_boot_data(const LoadContext& context, StartMode mode, const 
     kernel.code_selector = linux_code_selector;
     write_gdt(context.plan.memory(), kernel);
     return kernel;
+}
+
+PlacedKernel place_kernel(const KernelParts& parts, MemoryPlan& plan) {
+    load_parts(parts, plan);
+    return {end_of(parts), place_firmware(plan)};
 }
 
 PlacementWindow info_window() {
@@ -184,9 +197,9 @@ LoadedKernel start_in_protected_mode(const LoadContext& context, GuestPhys entry
     return kernel;
 }
 
-BasicMemory basic_memory(const GuestMemory& memory) {
+BasicMemory basic_memory(const MemoryPlan& plan) {
     BasicMemory basic;
-    for (const boot_e820_entry& range : e820_map(memory)) {
+    for (const boot_e820_entry& range : plan.memory_map()) {
         const auto kib = static_cast<std::uint32_t>(range.size >> 10);
         if (range.type == e820_ram && range.addr == 0)
             basic.lower = kib;
@@ -234,19 +247,13 @@ LoadedKernel load_kernel(std::span<const std::byte> file, const LoadRequest& req
     const KernelFile kernel_file = read_kernel_file(file);
     const KernelProtocol protocol = choose_protocol(kernel_file, request);
     MemoryPlan plan(memory);
-    // Before the kernel, which may want the BIOS data area for itself.
-    write_bios_data(memory);
-    (void)write_mp_table(memory, {});
-    const GuestPhys rsdp = write_acpi_tables(memory, {});
-    LoadedKernel kernel = load_by_protocol({file, kernel_file, request, protocol, plan, rsdp});
+    LoadedKernel kernel = load_by_protocol({file, kernel_file, request, protocol, plan});
     kernel.protocol = protocol;
     return kernel;
 }
 
 std::vector<std::byte> read_file(const std::string& path, std::string_view what) {
-    const auto fail = [&](const std::string& reason) {
-        reject("cannot read {} '{}': {}", what, path, reason);
-    };
+    const auto fail = [&](const std::string& reason) { reject_file(path, what, reason); };
 
     std::error_code error;
     const auto status = std::filesystem::status(path, error);
@@ -259,8 +266,6 @@ std::vector<std::byte> read_file(const std::string& path, std::string_view what)
     const std::uintmax_t size = std::filesystem::file_size(path, error);
     if (error)
         fail(error.message());
-    if (size == 0)
-        fail("the file is empty");
     if (size > low_memory_end.value())
         fail("the file is larger than what a guest can be started with");
 
@@ -273,6 +278,14 @@ std::vector<std::byte> read_file(const std::string& path, std::string_view what)
     if (!stream)
         fail("it became shorter while it was read, or its disk failed");
     return bytes;
+}
+
+std::vector<std::byte> read_kernel(const std::string& path) {
+    constexpr std::string_view what = "kernel";
+    std::vector<std::byte> file = read_file(path, what);
+    if (file.empty())
+        reject_file(path, what, "the file is empty");
+    return file;
 }
 
 } // namespace umbra

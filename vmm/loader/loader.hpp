@@ -79,8 +79,10 @@ struct LoadedKernel {
 [[nodiscard]] LoadedKernel load_kernel(std::span<const std::byte> file, const LoadRequest& request,
                                        const GuestMemory& memory);
 
-/// The contents of a regular file that is not empty. Throws StartupError(bad_usage): "cannot read WHAT
+/// The contents of a regular file, which may be empty. Throws StartupError(bad_usage): "cannot read WHAT
 /// 'PATH': REASON".
-[[nodiscard]] std::vector<std::byte> read_file(const std::string& path, std::string_view what = "kernel");
+[[nodiscard]] std::vector<std::byte> read_file(const std::string& path, std::string_view what);
+/// Of a kernel's file, which must not be empty.
+[[nodiscard]] std::vector<std::byte> read_kernel(const std::string& path);
 
 } // namespace umbra

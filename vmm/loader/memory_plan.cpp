@@ -6,7 +6,9 @@
 #include "vmm/loader/reject.hpp"
 
 #include <algorithm>
+#include <array>
 #include <iterator>
+#include <utility>
 
 namespace umbra {
 
@@ -18,48 +20,32 @@ std::uint64_t align_down(std::uint64_t value, std::uint64_t alignment) {
 
 } // namespace
 
-MemoryPlan::MemoryPlan(const GuestMemory& memory) : memory_(memory) {
-    const auto& regions = memory.regions();
-    if (regions.empty() || regions.front().base != GuestPhys{0} ||
-        regions.front().bytes.size() < minimum_memory)
-        reject("guest memory is too small: a kernel needs at least {} MiB", minimum_memory >> 20);
-    for (const boot_e820_entry& entry : e820_map(memory)) {
-        if (entry.type == e820_ram)
-            free_.push_back({GuestPhys{entry.addr}, GuestPhys{entry.addr + entry.size}});
-    }
+// --- FreeMemory
+
+void FreeMemory::add(GuestPhys begin, GuestPhys end) {
+    if (begin < end)
+        ranges_.push_back({begin, end});
 }
 
-bool MemoryPlan::is_free(GuestPhys start, std::uint64_t size) const {
-    return std::ranges::any_of(free_, [start, size](const Range& range) {
-        return start >= range.begin && start < range.end && size <= range.end - start;
+void FreeMemory::remove(GuestPhys begin, GuestPhys end) {
+    std::vector<Range> rest;
+    for (const Range& range : ranges_) {
+        const Range before{range.begin, std::min(range.end, begin)},
+            behind{std::max(range.begin, end), range.end};
+        std::ranges::copy_if(std::array{before, behind}, std::back_inserter(rest),
+                             [](const Range& piece) { return piece.begin < piece.end; });
+    }
+    ranges_ = std::move(rest);
+}
+
+bool FreeMemory::covers(GuestPhys begin, GuestPhys end) const {
+    return std::ranges::any_of(ranges_, [begin, end](const Range& range) {
+        return begin >= range.begin && begin < end && end <= range.end;
     });
 }
 
-void MemoryPlan::claim(GuestPhys start, std::uint64_t size, std::string_view what) {
-    if (size == 0)
-        return;
-    const GuestPhys end = start + size;
-    if (end <= start)
-        reject("{} at {} wraps around the address space", what, start);
-    const auto found = std::ranges::find_if(
-        free_, [start, end](const Range& range) { return start >= range.begin && end <= range.end; });
-    if (found == free_.end()) {
-        if (is_usable_ram(memory_, start, size))
-            reject("{} at {}, {:#x} bytes, overlaps something that is loaded", what, start, size);
-        if (end <= low_memory_end && !memory_.contains(start, size))
-            reject("{} at {} ends outside guest memory: it needs at least {} MiB", what, start,
-                   mebibytes_up_to(end));
-        reject("{} at {}, {:#x} bytes, does not lie in usable memory", what, start, size);
-    }
-    const Range before{found->begin, start}, behind{end, found->end};
-    const auto at = free_.erase(found);
-    const auto next = behind.begin < behind.end ? free_.insert(at, behind) : at;
-    if (before.begin < before.end)
-        free_.insert(next, before);
-}
-
-std::optional<GuestPhys> MemoryPlan::lowest(std::uint64_t size, const PlacementWindow& window) const {
-    for (const Range& range : free_) {
+std::optional<GuestPhys> FreeMemory::lowest(std::uint64_t size, const PlacementWindow& window) const {
+    for (const Range& range : ranges_) {
         const std::uint64_t above = std::max(range.begin, window.begin).value() + (window.alignment - 1);
         const GuestPhys begin{align_down(above, window.alignment)};
         const GuestPhys end = std::min(range.end, window.end);
@@ -69,9 +55,9 @@ std::optional<GuestPhys> MemoryPlan::lowest(std::uint64_t size, const PlacementW
     return std::nullopt;
 }
 
-std::optional<GuestPhys> MemoryPlan::highest(std::uint64_t size, const PlacementWindow& window) const {
+std::optional<GuestPhys> FreeMemory::highest(std::uint64_t size, const PlacementWindow& window) const {
     std::optional<GuestPhys> found;
-    for (const Range& range : free_) {
+    for (const Range& range : ranges_) {
         const GuestPhys begin = std::max(range.begin, window.begin);
         const GuestPhys end = std::min(range.end, window.end);
         if (begin >= end || size > end - begin)
@@ -81,6 +67,69 @@ std::optional<GuestPhys> MemoryPlan::highest(std::uint64_t size, const Placement
             found = at;
     }
     return found;
+}
+
+// --- MemoryPlan
+
+MemoryPlan::MemoryPlan(const GuestMemory& memory) : memory_(memory) {
+    const auto& regions = memory.regions();
+    if (regions.empty() || regions.front().base != GuestPhys{0} ||
+        regions.front().bytes.size() < minimum_memory)
+        reject("guest memory is too small: a kernel needs at least {} MiB", minimum_memory >> 20);
+    for (const GuestMemory::Region& region : regions)
+        ram_.add(region.base, region.base + region.bytes.size());
+    ram_.remove(vga_memory_begin, vga_memory_end);
+    map_ = e820_map(memory);
+    for (const boot_e820_entry& entry : map_) {
+        if (entry.type == e820_ram)
+            usable_.add(GuestPhys{entry.addr}, GuestPhys{entry.addr + entry.size});
+    }
+}
+
+bool MemoryPlan::is_free(GuestPhys start, std::uint64_t size) const {
+    return usable_.covers(start, start + size);
+}
+
+bool MemoryPlan::is_unclaimed(GuestPhys start, std::uint64_t size) const {
+    return ram_.covers(start, start + size);
+}
+
+void MemoryPlan::claim(GuestPhys start, std::uint64_t size, std::string_view what) {
+    if (size == 0)
+        return;
+    const GuestPhys end = start + size;
+    if (end <= start)
+        reject("{} at {} wraps around the address space", what, start);
+    if (!ram_.covers(start, end)) {
+        if (end <= low_memory_end && !memory_.contains(start, size))
+            reject("{} at {} ends outside guest memory: it needs at least {} MiB", what, start,
+                   mebibytes_up_to(end));
+        if (memory_.contains(start, size) && (end <= vga_memory_begin || start >= vga_memory_end))
+            reject("{} at {}, {:#x} bytes, overlaps something that is loaded", what, start, size);
+        reject("{} at {}, {:#x} bytes, does not lie in usable memory", what, start, size);
+    }
+    ram_.remove(start, end);
+    usable_.remove(start, end);
+}
+
+GuestPhys MemoryPlan::reserve(std::uint64_t size, std::string_view what) {
+    const std::uint64_t whole = (size + page_size - 1) & ~(page_size - 1);
+    const auto at = highest(whole, {extended_memory, low_memory_end});
+    if (!at)
+        reject("{} of {} bytes does not fit into guest memory beside the kernel", what, size);
+    claim(*at, whole, what);
+    const auto entry = std::ranges::find_if(map_, [at](const boot_e820_entry& range) {
+        return at->value() - range.addr < range.size; // wraps when it is below: then too large
+    });
+    const boot_e820_entry before{entry->addr, at->value() - entry->addr, e820_ram};
+    const boot_e820_entry reserved{at->value(), whole, e820_reserved};
+    const boot_e820_entry behind{reserved.addr + whole, entry->size - before.size - whole, e820_ram};
+    auto next = map_.erase(entry);
+    for (const boot_e820_entry& piece : {behind, reserved, before}) {
+        if (piece.size != 0)
+            next = map_.insert(next, piece);
+    }
+    return *at;
 }
 
 GuestPhys MemoryPlan::store(std::span<const std::byte> bytes, const PlacementWindow& window,

@@ -1,15 +1,13 @@
-// Writes the MultiProcessor tables.
+// Makes the MultiProcessor tables.
 #include "vmm/loader/mp_table.hpp"
 
-#include "vmm/loader/reject.hpp"
-
-#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace umbra {
@@ -128,16 +126,9 @@ class Table {
     std::uint16_t entries_ = 0;
 };
 
-void put(const GuestMemory& memory, GuestPhys at, std::span<const std::byte> bytes) {
-    const auto room = memory.range(at, bytes.size());
-    if (room.empty())
-        reject("guest memory is too small for the MultiProcessor tables at {}", at);
-    std::copy(bytes.begin(), bytes.end(), room.begin());
-}
-
 } // namespace
 
-GuestPhys write_mp_table(const GuestMemory& memory, const MpConfig& config) {
+std::vector<std::byte> make_mp_table(GuestPhys at, const MpConfig& config) {
     Table table;
     for (unsigned cpu = 0; cpu < config.cpus; ++cpu)
         table.add(Processor{
@@ -160,8 +151,7 @@ GuestPhys write_mp_table(const GuestMemory& memory, const MpConfig& config) {
     table.add(Interrupt{local_interrupt, kind_external, 0, isa, 0, every_apic, 0});
     table.add(Interrupt{local_interrupt, kind_nmi, 0, isa, 0, every_apic, 1});
 
-    const GuestPhys table_at = mp_table_begin + sizeof(FloatingPointer);
-    put(memory, table_at, std::move(table).finish());
+    const GuestPhys table_at = at + sizeof(FloatingPointer);
     FloatingPointer pointer{.signature = {'_', 'M', 'P', '_'},
                             .table = static_cast<std::uint32_t>(table_at.value()),
                             .length = 1,
@@ -170,8 +160,10 @@ GuestPhys write_mp_table(const GuestMemory& memory, const MpConfig& config) {
                             .features = {}};
     const auto bytes = std::as_bytes(std::span(&pointer, 1));
     pointer.checksum = checksum(bytes);
-    put(memory, mp_table_begin, bytes);
-    return mp_table_begin;
+    std::vector<std::byte> both(bytes.begin(), bytes.end());
+    const std::vector<std::byte> rest = std::move(table).finish();
+    both.insert(both.end(), rest.begin(), rest.end());
+    return both;
 }
 
 } // namespace umbra

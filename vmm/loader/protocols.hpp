@@ -21,7 +21,6 @@ struct LoadContext {
     const LoadRequest& request;
     KernelProtocol protocol{};
     MemoryPlan& plan;
-    GuestPhys rsdp; ///< the ACPI root pointer
 };
 
 // Each throws StartupError(bad_usage) if the kernel cannot be loaded.
@@ -55,15 +54,20 @@ inline constexpr std::uint8_t multiboot_ega_text = 2; ///< type of such a "frame
 /// protocol.
 [[nodiscard]] setup_header header_without_bzimage();
 
-/// How Linux's initrd may lie: behind the kernel, below `limit`.
-struct InitrdBounds {
-    GuestPhys kernel_end;
-    GuestPhys limit;
+/// What else is put into memory has to know.
+struct PlacedKernel {
+    GuestPhys end;  ///< as end_of()
+    GuestPhys rsdp; ///< the ACPI root pointer
 };
-/// Puts the initrd as high as the kernel allows, writes the boot data, and fills all of the result but
-/// protocol, mode, entry and RDI.
+/// Loads the parts to where the kernel wants them, and puts around them what firmware leaves. Before anything
+/// else is placed.
+[[nodiscard]] PlacedKernel place_kernel(const KernelParts& parts, MemoryPlan& plan);
+
+/// Puts the initrd as high as the kernel allows, behind itself and below `initrd_limit`, writes the boot
+/// data, and fills all of the result but protocol, mode, entry and RDI.
 [[nodiscard]] LoadedKernel finish_boot_data(const LoadContext& context, StartMode mode,
-                                            const setup_header& header, const InitrdBounds& bounds);
+                                            const setup_header& header, const PlacedKernel& placed,
+                                            GuestPhys initrd_limit);
 
 /// What a protocol with modules passes to the kernel is put into low memory where the kernel is not: above
 /// what kernels use for starting other CPUs, or higher.
@@ -90,6 +94,6 @@ GuestPhys store_objects(MemoryPlan& plan, const std::vector<T>& objects) {
 struct BasicMemory {
     std::uint32_t lower = 0, upper = 0;
 };
-[[nodiscard]] BasicMemory basic_memory(const GuestMemory& memory);
+[[nodiscard]] BasicMemory basic_memory(const MemoryPlan& plan);
 
 } // namespace umbra

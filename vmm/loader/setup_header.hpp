@@ -22,9 +22,16 @@ inline constexpr std::uint64_t long_mode_entry = 0x200;
 
 [[nodiscard]] bool is_bzimage(std::span<const std::byte> file);
 
-/// The setup header as far as this kernel's version of it reaches; what is behind that is 0. Throws
-/// StartupError(bad_usage) if the file, which is_bzimage() must have taken for one, ends before the header
-/// does, or if that is too short for its version.
+/// The first boot protocol whose syssize is wide enough for every kernel.
+inline constexpr std::uint16_t first_version_with_wide_size = 0x0204;
+/// The first boot protocol that tells of an address to prefer and of the memory that the kernel takes there.
+inline constexpr std::uint16_t first_version_with_preferred_address = 0x020a;
+
+/// The setup header with the fields that its boot protocol has, as far as it reaches. Whatever a file has in
+/// the place of others is none of it: they are what kernels without them stand for (a command line of 255
+/// bytes, an initrd up to 0x37ffffff), otherwise 0. Throws StartupError(bad_usage) if the file, which
+/// is_bzimage() must have taken for one, ends before the header does, or if that is too short for its
+/// version.
 [[nodiscard]] setup_header read_setup_header(std::span<const std::byte> file);
 
 /// Where in the file the protected-mode code begins, in bytes.
