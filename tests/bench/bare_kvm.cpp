@@ -10,7 +10,7 @@ int main() {
     using namespace umbra;
     constexpr std::array<std::uint8_t, 1> hlt{0xf4};
     try {
-        bench::BareMachine machine(Kvm(), std::as_bytes(std::span(hlt)), ResumeBy::iretq);
+        bench::BareMachine machine(Kvm(), std::as_bytes(std::span(hlt)), bench::ResumeBy::iretq);
         machine.start(0, 0, 0);
         return machine.run() ? 0 : 1;
     } catch (const StartupError& error) {
