@@ -46,8 +46,8 @@ using umbra::TlbBehaviour;
 constexpr unsigned most_processors = 64; ///< of an emulated host
 
 constexpr const char* exit_codes = R"(Exit codes:
-  0    passed: the guest wrote 0 to port 0xf4, powered off, or printed what --expect names
-  1    failed: the guest wrote another value to port 0xf4
+  0    passed: the guest wrote 0 to port 0xf4 or 0x501, powered off, or printed what --expect names
+  1    failed: the guest wrote another value to port 0xf4 or 0x501
   2    bad usage, or a kernel that cannot be loaded
   3    the guest panicked: triple fault, reset, or something that umbra does not do; or it was stuck
        (--end-stuck)
@@ -220,7 +220,7 @@ void add_guest_options(CLI::App* run, RunOptions& options) {
         ->capture_default_str()
         ->type_name("LEVEL");
     run->add_flag("--qemu-exit", options.qemu_exit,
-                  "Exit with (value << 1) | 1 for a value written to port 0xf4, as QEMU does");
+                  "Exit with (value << 1) | 1 for a value written to port 0xf4 or 0x501, as QEMU does");
     run->add_option("--core-on-failure", options.core_on_failure,
                     "Write the memory and registers of a guest that does not pass to a file that gdb opens")
         ->type_name("FILE");

@@ -45,8 +45,9 @@ struct CaseResult {
 
     /// How the guest's run ended; nothing if it was not started, or not left to end.
     std::optional<Outcome> outcome;
-    std::optional<std::uint32_t> code; ///< with `failed` and `passed`, if the guest gave one at port 0xf4
-    std::string reason;                ///< umbra's line on it: "triple fault: ..."; may be empty
+    std::optional<std::uint32_t>
+        code;           ///< with `failed` and `passed`, if the guest gave one at port 0xf4 or 0x501
+    std::string reason; ///< umbra's line on it: "triple fault: ..."; may be empty
 
     std::chrono::milliseconds start{0}; ///< since the runner began
     std::chrono::microseconds wall{0};  ///< of the child process, from its start to its end

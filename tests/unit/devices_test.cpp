@@ -359,11 +359,14 @@ TEST_F(DevicesTest, DebugExitTakesEverySize) {
         unsigned size;
         std::uint32_t value;
     };
-    for (const Case& c : {Case{1, 0x21}, Case{2, 0x4321}, Case{4, 0x8765'4321}}) {
-        Platform fresh{PlatformConfig{}};
-        EXPECT_FALSE(fresh.exit());
-        fresh.port_write(Port{0xf4}, c.size, 0x8765'4321);
-        EXPECT_EQ(fresh.exit(), (GuestExit{GuestExit::Kind::debug_exit, c.value}));
+    for (const std::uint16_t port : std::array<std::uint16_t, 3>{0xf4, 0x501, 0x502}) {
+        for (const Case& c : {Case{1, 0x21}, Case{2, 0x4321}, Case{4, 0x8765'4321}}) {
+            Platform fresh{PlatformConfig{}};
+            EXPECT_EQ(fresh.port_read(Port{port}, c.size), 0U);
+            EXPECT_FALSE(fresh.exit());
+            fresh.port_write(Port{port}, c.size, 0x8765'4321);
+            EXPECT_EQ(fresh.exit(), (GuestExit{GuestExit::Kind::debug_exit, c.value})) << port;
+        }
     }
 }
 
@@ -413,8 +416,9 @@ TEST_F(DevicesTest, WaysToPowerOff) {
         unsigned size;
         std::uint32_t value;
     };
-    for (const Case& c : {Case{0x604, 2, 0x2000}, Case{0x604, 4, 0x2000}, Case{0x605, 1, 0x20},
-                          Case{0x604, 2, 0x3401}, Case{0xb004, 2, 0x2000}}) {
+    for (const Case& c :
+         {Case{0x604, 2, 0x2000}, Case{0x604, 4, 0x2000}, Case{0x605, 1, 0x20}, Case{0x604, 2, 0x3401},
+          Case{0xb004, 2, 0x2000}, Case{0xb004, 2, 0x3400}, Case{0xb005, 1, 0x34}}) {
         Platform fresh{PlatformConfig{}};
         fresh.port_write(Port{c.port}, c.size, c.value);
         EXPECT_EQ(fresh.exit(), GuestExit{GuestExit::Kind::power_off});
@@ -422,6 +426,21 @@ TEST_F(DevicesTest, WaysToPowerOff) {
     out(0x604, 0x1c01, 2);
     out(0x604, 0x20, 1);
     EXPECT_FALSE(platform.exit()) << "without SLP_EN";
+}
+
+TEST_F(DevicesTest, OtherSleepsAreNoPowerOff) {
+    for (const std::uint16_t port : std::array<std::uint16_t, 2>{0x604, 0xb004}) {
+        for (const std::uint32_t type : {1U, 2U, 3U, 4U, 6U, 7U}) {
+            Platform fresh{PlatformConfig{}};
+            fresh.port_write(Port{port}, 2, type << 10);
+            EXPECT_FALSE(fresh.exit());
+            fresh.port_write(Port{port}, 2, type << 10 | 1U << 13);
+            EXPECT_EQ(fresh.exit(), (GuestExit{GuestExit::Kind::sleep, type})) << port;
+        }
+    }
+    out(0x605, 5U << 2);
+    out(0x605, 1U << 2 | 1U << 5);
+    EXPECT_EQ(platform.exit(), (GuestExit{GuestExit::Kind::sleep, 1})) << "the type written last";
 }
 
 TEST_F(DevicesTest, AcpiRegistersAfterReset) {
