@@ -16,10 +16,6 @@ namespace {
 constexpr unsigned first_slot = 257;
 constexpr unsigned host_slot = 256;
 
-/// KVM's I/O APIC and local APIC: mapped, KVM answers there without an exit.
-constexpr DeviceWindow io_apic{GuestPhys(0xfec0'0000).frame(), 1};
-constexpr DeviceWindow local_apic{GuestPhys(0xfee0'0000).frame(), 1};
-
 /// So often in a row may one access fault though its translation is in place, before the machine is taken for
 /// blind.
 constexpr unsigned fill_patience = 16;
@@ -55,7 +51,6 @@ constexpr std::uint32_t msr_tsc = 0x10, msr_tsc_aux = 0xc0000103;
 
 MmuConfig mmu_config(const Machine& machine, const HostTraits& traits, const MonitorOptions& options) {
     MmuConfig config;
-    config.devices = {io_apic, local_apic};
     config.nothing = MonitorMemory::nothing(machine.kvm().physical_bits());
     config.gigabyte_pages = machine.kvm().gigabyte_pages();
     config.stores_seen = traits.stores_seen;
