@@ -29,6 +29,7 @@
 #include <utility>
 #include <vector>
 
+#include <fcntl.h>
 #include <unistd.h>
 
 namespace {
@@ -533,14 +534,38 @@ int launch(int argc, char** argv) {
     return umbra::run_on_emulated_host(*host, errand);
 }
 
+/// Puts something in place of each of standard input, output and error that is closed: a file opened later
+/// would get its number, and what is meant for a terminal would go there. As from a closed one, nothing can
+/// be read from it or written to it.
+bool hold_standard_files() {
+    for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+        const int useless = fd == STDIN_FILENO ? O_WRONLY : O_RDONLY;
+        if (::fcntl(fd, F_GETFD) < 0 && ::open("/dev/null", useless) != fd) // the lowest free number
+            return false;
+    }
+    return true;
+}
+
+/// The exit code of this process: `code`, unless that is 0 and what was to be told was not.
+int after_output(int code) {
+    const bool failed_before = std::ferror(stdout) != 0; // for a reason that is not known any more
+    if (std::fflush(stdout) == 0 && !failed_before)
+        return code;
+    (void)std::fprintf(stderr, "umbra: cannot write to standard output%s%s\n", failed_before ? "" : ": ",
+                       failed_before ? "" : std::strerror(errno));
+    return code != 0 ? code : static_cast<int>(ExitCode::bad_usage);
+}
+
 } // namespace
 
 int main(int argc, char** argv) {
+    if (!hold_standard_files())
+        return static_cast<int>(ExitCode::host_cannot);
     // A write that nobody reads, or to a file that may not grow, fails, which is enough.
     (void)std::signal(SIGPIPE, SIG_IGN);
     (void)std::signal(SIGXFSZ, SIG_IGN);
     try {
-        return launch(argc, argv);
+        return after_output(launch(argc, argv));
     } catch (const umbra::StartupError& error) {
         (void)std::fprintf(stderr, "umbra: %s\n", error.what());
         return static_cast<int>(error.code());
