@@ -54,10 +54,11 @@ struct CaseResult {
     /// Of what the guest printed: all, or its beginning, a line that says how many bytes are left out, and
     /// its end.
     std::string console;
-    std::uint64_t console_bytes = 0;      ///< that the guest printed
-    std::optional<std::uint64_t> culprit; ///< the line of all of it, from 1, with a forbidden pattern
-    std::string stats;                    ///< `--stats=json`'s object; empty if there is none
-    std::string folder;                   ///< where its files are; empty: none was kept
+    std::uint64_t console_bytes = 0; ///< that the guest printed
+    /// The line of all of it, from 1, with a forbidden pattern, or that looks like a required one.
+    std::optional<std::uint64_t> culprit;
+    std::string stats;  ///< `--stats=json`'s object; empty if there is none
+    std::string folder; ///< where its files are; empty: none was kept
 };
 
 /// What is in the folder for results, beside the folders of cases: JsonLinesSink's events.
