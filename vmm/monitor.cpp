@@ -146,6 +146,21 @@ Ahead look_ahead(std::span<const std::byte> code) {
     return ahead;
 }
 
+/// Whether there is a repeated OUTS at the start of `code`.
+bool is_repeated_output(std::span<const std::byte> code, bool long_mode) {
+    bool repeated = false;
+    for (const std::byte each : code) {
+        const auto byte = std::to_integer<unsigned>(each);
+        const bool segment = (byte & 0xe7) == 0x26 || byte == 0x64 || byte == 0x65;
+        const bool size = byte == 0x66 || byte == 0x67, rex = long_mode && (byte & 0xf0) == 0x40;
+        const bool repeat = byte == 0xf2 || byte == 0xf3;
+        if (!segment && !size && !rex && !repeat)
+            return repeated && (byte == 0x6e || byte == 0x6f);
+        repeated = repeated || repeat;
+    }
+    return false;
+}
+
 template<class... Cases>
 struct Overloaded : Cases... {
     using Cases::operator()...;
@@ -252,6 +267,10 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     case ExitReason::port:
         verdict = trapped ? handle_trap(trap) : handle_port_exit();
         entered = !trapped;
+        if (entered && !verdict && !in_ring0 && continue_output()) {
+            verdict = machine_.guest_verdict();
+            entered = false;
+        }
         break;
     case ExitReason::mmio:
         handle_mmio_exit();
@@ -683,6 +702,22 @@ void Monitor::run_ahead() {
         log_.count_ahead();
         refresh_control();
     }
+}
+
+/// Where the machine honours IOPL, KVM itself makes the guest's accesses to ports, and exits for each element
+/// of a repeated OUTS. (Of INS it takes many at once.) What is left of one is written here, up to the
+/// emulator's bound: true if there was something. At this exit the state of the guest is that between two
+/// elements.
+bool Monitor::continue_output() {
+    if (!machine_.vcpu().port_exit().write || debugger_ || checks_ != nullptr || table_write_ ||
+        (cpu_.rflags & rflags::trap) != 0)
+        return false;
+    std::array<std::byte, ahead_bytes> bytes{};
+    const std::size_t got = space().peek(GuestVirt(cpu_.rip + (cpu_.cs.long_mode ? 0 : cpu_.cs.base)), bytes);
+    if (!is_repeated_output(std::span(bytes).first(got), cpu_.cs.long_mode))
+        return false;
+    (void)emulate(cpu_, space(), *this); // what is not done comes again, by its own fault or exit
+    return true;
 }
 
 Monitor::Step Monitor::deliver_event(const Event& event, TrapReason reason) {

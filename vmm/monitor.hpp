@@ -49,6 +49,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     Step handle_exception(const Trap& trap);
     Step handle_syscall();
     void run_ahead();
+    bool continue_output();
     Step deliver_event(const Event& event, TrapReason reason);
     Step finish_user_entry();
     Step complete_event(const Event& event);

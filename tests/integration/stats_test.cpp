@@ -129,6 +129,17 @@ TEST_P(StatsTest, EveryVerdictHasThem) {
     }
 }
 
+/// A megabyte each way, and a megabyte in words: an exit for each element would be millions.
+TEST_P(StatsTest, RepeatedPortAccessesAreFewExits) {
+    if (!shadow())
+        GTEST_SKIP() << "by the native engine KVM exits for each element of OUTS";
+    const Ended ended = run({"--stats=json"}, "stringio");
+    ASSERT_EQ(ended.exit_code, 0) << ended;
+    const Json stats = stats_of(ended);
+    ASSERT_TRUE(stats.is_object()) << ended;
+    EXPECT_LT(stats.at("exits").get<std::uint64_t>(), 6000U);
+}
+
 // --- The trace
 
 /// The pairs of a line of the trace, by their keys; empty if it is not well-formed.
