@@ -552,9 +552,16 @@ TEST_F(DevicesTest, KeyboardAnswers) {
 }
 
 TEST_F(DevicesTest, MouseIsNotThere) {
-    out(0x64, 0xd4);
-    out(0x60, 0xff);
-    EXPECT_EQ(in(0x64) & 0x01, 0U);
+    for (const unsigned command : {0xd3U, 0xd4U}) { // a byte as if from the mouse, and to it
+        out(0x64, command);
+        out(0x60, 0xff);
+        EXPECT_EQ(in(0x64) & 0x61, 0x61U) << "the mouse's answer has not come in time";
+        EXPECT_EQ(in(0x60), 0xfeU);
+        EXPECT_EQ(in(0x64) & 0x61, 0U);
+    }
+    out(0x64, 0xa9);
+    EXPECT_EQ(in(0x64) & 0x61, 0x01U) << "the controller's own";
+    EXPECT_EQ(in(0x60), 0x01U);
     out(0x64, 0xd2);
     out(0x60, 0x77);
     EXPECT_EQ(in(0x60), 0x77U);
