@@ -631,8 +631,62 @@ TEST_F(DevicesTest, RtcStatusAndMemory) {
     EXPECT_EQ(in(0x70), 0xffU);
 }
 
+TEST_F(DevicesTest, RtcTellsWhatHasHappened) {
+    EXPECT_EQ(cmos(0x0c), 0U);
+    now += 976us; // not yet a period of 1024 Hz
+    EXPECT_EQ(cmos(0x0c), 0U);
+    now += 1us;
+    EXPECT_EQ(cmos(0x0c), 0x40U);
+    EXPECT_EQ(cmos(0x0c), 0U) << "reading clears it";
+    set_cmos(0x0a, 0x20); // no periods
+    now += 998ms;
+    EXPECT_EQ(cmos(0x0c), 0U);
+    now += 2ms; // 13:46:00
+    set_cmos(0x0b, 0x12);
+    EXPECT_EQ(cmos(0x0c), 0x90U) << "an update, which is enabled";
+    now += 1s;
+    set_cmos(0x0b, 0x82);
+    EXPECT_EQ(cmos(0x0c), 0x00U) << "no updates while the time is set";
+    set_cmos(0x0b, 0x02);
+    set_cmos(0x0a, 0x2f); // 2 Hz
+    now += 400ms;
+    EXPECT_EQ(cmos(0x0c), 0x00U);
+    now += 200ms;
+    EXPECT_EQ(cmos(0x0c), 0x40U);
+    set_cmos(0x0a, 0x21); // as 0x28: 256 Hz
+    now += 4ms;
+    EXPECT_EQ(cmos(0x0c), 0x40U);
+    now += 100us;
+    EXPECT_EQ(cmos(0x0c), 0x00U);
+}
+
+TEST_F(DevicesTest, RtcTellsThatItsAlarmHasCome) {
+    set_cmos(0x0a, 0x20);
+    set_cmos(0x0b, 0x22); // enabled; BCD
+    set_cmos(0x05, 0x13);
+    set_cmos(0x03, 0x46);
+    set_cmos(0x01, 0x02);
+    now += 2s; // 13:46:01
+    EXPECT_EQ(cmos(0x0c), 0x10U);
+    now += 1s;
+    EXPECT_EQ(cmos(0x0c), 0xb0U);
+    now += 23h + 59min + 59s;
+    EXPECT_EQ(cmos(0x0c), 0x10U);
+    now += 49h;
+    EXPECT_EQ(cmos(0x0c), 0xb0U) << "once a day";
+    set_cmos(0x05, 0xff); // in any hour
+    now += 2s;            // 14:46:03
+    EXPECT_EQ(cmos(0x0c), 0xb0U);
+    now += 59min;
+    EXPECT_EQ(cmos(0x0c), 0x10U);
+    set_cmos(0x01, 0x99); // no time
+    now += 49h;
+    EXPECT_EQ(cmos(0x0c), 0x10U);
+}
+
 TEST_F(DevicesTest, CmosTellsMemorySizes) {
     const auto word = [this](std::uint8_t index) { return cmos(index) | cmos(index + 1) << 8; };
+    EXPECT_EQ(cmos(0x14), 0x02U);
     EXPECT_EQ(word(0x15), 640U);
     EXPECT_EQ(word(0x17), 0xffffU) << "as much as fits";
     EXPECT_EQ(word(0x30), 0xffffU);
