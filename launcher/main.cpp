@@ -29,6 +29,7 @@
 #include <utility>
 #include <vector>
 
+#include <fcntl.h>
 #include <unistd.h>
 
 namespace {
@@ -46,8 +47,8 @@ using umbra::TlbBehaviour;
 constexpr unsigned most_processors = 64; ///< of an emulated host
 
 constexpr const char* exit_codes = R"(Exit codes:
-  0    passed: the guest wrote 0 to port 0xf4, powered off, or printed what --expect names
-  1    failed: the guest wrote another value to port 0xf4
+  0    passed: the guest wrote 0 to port 0xf4 or 0x501, powered off, or printed what --expect names
+  1    failed: the guest wrote another value to port 0xf4 or 0x501
   2    bad usage, or a kernel that cannot be loaded
   3    the guest panicked: triple fault, reset, or something that umbra does not do; or it was stuck
        (--end-stuck)
@@ -220,7 +221,7 @@ void add_guest_options(CLI::App* run, RunOptions& options) {
         ->capture_default_str()
         ->type_name("LEVEL");
     run->add_flag("--qemu-exit", options.qemu_exit,
-                  "Exit with (value << 1) | 1 for a value written to port 0xf4, as QEMU does");
+                  "Exit with (value << 1) | 1 for a value written to port 0xf4 or 0x501, as QEMU does");
     run->add_option("--core-on-failure", options.core_on_failure,
                     "Write the memory and registers of a guest that does not pass to a file that gdb opens")
         ->type_name("FILE");
@@ -533,14 +534,38 @@ int launch(int argc, char** argv) {
     return umbra::run_on_emulated_host(*host, errand);
 }
 
+/// Puts something in place of each of standard input, output and error that is closed: a file opened later
+/// would get its number, and what is meant for a terminal would go there. As from a closed one, nothing can
+/// be read from it or written to it.
+bool hold_standard_files() {
+    for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+        const int useless = fd == STDIN_FILENO ? O_WRONLY : O_RDONLY;
+        if (::fcntl(fd, F_GETFD) < 0 && ::open("/dev/null", useless) != fd) // the lowest free number
+            return false;
+    }
+    return true;
+}
+
+/// The exit code of this process: `code`, unless that is 0 and what was to be told was not.
+int after_output(int code) {
+    const bool failed_before = std::ferror(stdout) != 0; // for a reason that is not known any more
+    if (std::fflush(stdout) == 0 && !failed_before)
+        return code;
+    (void)std::fprintf(stderr, "umbra: cannot write to standard output%s%s\n", failed_before ? "" : ": ",
+                       failed_before ? "" : std::strerror(errno));
+    return code != 0 ? code : static_cast<int>(ExitCode::bad_usage);
+}
+
 } // namespace
 
 int main(int argc, char** argv) {
+    if (!hold_standard_files())
+        return static_cast<int>(ExitCode::host_cannot);
     // A write that nobody reads, or to a file that may not grow, fails, which is enough.
     (void)std::signal(SIGPIPE, SIG_IGN);
     (void)std::signal(SIGXFSZ, SIG_IGN);
     try {
-        return launch(argc, argv);
+        return after_output(launch(argc, argv));
     } catch (const umbra::StartupError& error) {
         (void)std::fprintf(stderr, "umbra: %s\n", error.what());
         return static_cast<int>(error.code());

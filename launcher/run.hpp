@@ -61,7 +61,7 @@ struct RunOptions {
 /// RunOptions::result gets, also then, at the run's end:
 ///   verdict    passed, failed, triple-fault, reset, stopped, timed-out, no-progress, interrupted,
 ///              host-failed (KVM or umbra could not go on), host-cannot or bad-usage (it was not started)
-///   code       what the guest wrote to port 0xf4; null if that is not what ended it
+///   code       what the guest wrote to port 0xf4 or 0x501; null if that is not what ended it
 ///   reason     the line that umbra says on standard error
 ///   exit_code  of the process
 ///   stats      stats_json()'s object; null if it was not started

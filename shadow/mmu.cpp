@@ -306,11 +306,6 @@ void Mmu::reset() {
     tables_.reset();
 }
 
-void Mmu::set_devices(std::vector<DeviceWindow> devices) {
-    tables_.config_.devices = std::move(devices);
-    reset();
-}
-
 std::vector<WalkStep<MachinePhysSpace>> Mmu::shadow_walk(GuestVirt at, bool user) {
     const auto editing = edit();
     std::vector<WalkStep<MachinePhysSpace>> steps;

@@ -98,8 +98,6 @@ class Mmu {
     void invalidate(GuestVirt at, std::uint16_t pcid, bool globals);
     /// Forgets every table.
     void reset();
-    /// MmuConfig::devices from now on. Forgets all tables.
-    void set_devices(std::vector<DeviceWindow> devices);
 
     /// After Miss::table_write, before anything else: lets that access through, until finish_table_write. The
     /// caller runs the guest for one instruction.

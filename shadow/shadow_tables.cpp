@@ -1056,13 +1056,7 @@ ShadowEntry ShadowTables::guarded_entry(TableIndex index, unsigned slot, Machine
 
 /// The isolation boundary: no other frame number than what this returns ever enters a leaf.
 MachineFrame ShadowTables::machine_frame(GuestFrame frame) const {
-    if (memory_.contains(frame.base(), page_size))
-        return same_frame(frame);
-    for (const DeviceWindow& window : config_.devices) {
-        if (frame - window.first < window.count)
-            return same_frame(frame);
-    }
-    return config_.nothing;
+    return std::min(same_frame(frame), config_.nothing);
 }
 
 /// Whether one entry of `level` can map the guest's memory from `first` on.
@@ -1309,8 +1303,7 @@ std::optional<std::string> ShadowTables::audit() const {
             if (is_leaf(parent, entry)) {
                 const MachineFrame frame = entry.page(level);
                 const bool ram = memory_.contains(GuestPhys(frame.base().value()), level.span());
-                const bool small = level.number == 1 && (frame == config_.nothing ||
-                                                         machine_frame(GuestFrame(frame.number())) == frame);
+                const bool small = level.number == 1 && frame <= config_.nothing;
                 if (!ram && !small)
                     return fmt::format("entry {} of table {} maps frame {:#x}, which is not the guest's",
                                        slot, i, frame.number());

@@ -37,13 +37,6 @@
 
 namespace umbra {
 
-/// A range of guest-physical frames that is not RAM but may be mapped: KVM answers there, or exits.
-struct DeviceWindow {
-    GuestFrame first;
-    std::uint64_t count = 0;
-    bool operator==(const DeviceWindow&) const = default;
-};
-
 /// How shadow tables learn of the guest's writes to its tables.
 enum class Sync : std::uint8_t {
     compare,  ///< by comparing with the snapshot after each flush
@@ -54,8 +47,10 @@ enum class Sync : std::uint8_t {
 };
 
 struct MmuConfig {
-    std::vector<DeviceWindow> devices;
-    MachineFrame nothing;       ///< where all other guest frames lead: a machine frame that no memory answers
+    /// Below it the machine has nothing that the guest may not have: its RAM, KVM's interrupt controllers,
+    /// and else no memory, where an access exits with the address that the guest used. Guest frames lead to
+    /// the machine frames of equal number; those from here on, all to this one, which no memory answers.
+    MachineFrame nothing;
     bool gigabyte_pages = true; ///< the machine can map 1 GB
     bool stores_seen = false; ///< host trait: a userspace store to a present entry is seen after a TLB flush
     unsigned first_slot = 0;  ///< the reserved top-level slot at the start

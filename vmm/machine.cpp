@@ -6,6 +6,8 @@
 #include <cstring>
 #include <span>
 
+#include <fmt/core.h>
+
 namespace umbra {
 namespace {
 
@@ -121,6 +123,14 @@ std::optional<Verdict> Machine::guest_verdict() const {
         return Verdict{exit->value == 0 ? Verdict::Kind::passed : Verdict::Kind::failed, exit->value, {}};
     case GuestExit::Kind::power_off:
         return Verdict{Verdict::Kind::passed, 0, "the guest powered off"};
+    case GuestExit::Kind::sleep:
+        // QEMU suspends by type 1 and waits for somebody to wake it, and ignores most of the others, so that
+        // the guest waits: neither is an end that a run could have here.
+        return Verdict{
+            Verdict::Kind::stopped, 0,
+            fmt::format(
+                "the guest asked for ACPI sleep type {}, but umbra does not suspend (power-off is {} or {})",
+                exit->value, acpi_soft_off_qemu, acpi_soft_off)};
     case GuestExit::Kind::reset:
         return Verdict{Verdict::Kind::reset, 0, {}};
     }

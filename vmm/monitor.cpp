@@ -16,14 +16,6 @@ namespace {
 constexpr unsigned first_slot = 257;
 constexpr unsigned host_slot = 256;
 
-/// KVM's I/O APIC and local APIC: mapped, KVM answers there without an exit.
-constexpr DeviceWindow io_apic{GuestPhys(0xfec0'0000).frame(), 1};
-constexpr DeviceWindow local_apic{GuestPhys(0xfee0'0000).frame(), 1};
-/// The same for a value of IA32_APIC_BASE.
-DeviceWindow apic_window(std::uint64_t base) {
-    return {GuestPhys(base & entry_bit::frame_mask).frame(), 1};
-}
-
 /// So often in a row may one access fault though its translation is in place, before the machine is taken for
 /// blind.
 constexpr unsigned fill_patience = 16;
@@ -59,11 +51,10 @@ constexpr bool audit_every_entry = true;
 #else
 constexpr bool audit_every_entry = false;
 #endif
-constexpr std::uint32_t msr_tsc = 0x10, msr_apic_base = 0x1b, msr_tsc_aux = 0xc0000103;
+constexpr std::uint32_t msr_tsc = 0x10, msr_tsc_aux = 0xc0000103;
 
 MmuConfig mmu_config(const Machine& machine, const HostTraits& traits, const MonitorOptions& options) {
     MmuConfig config;
-    config.devices = {io_apic, local_apic};
     config.nothing = MonitorMemory::nothing(machine.kvm().physical_bits());
     config.gigabyte_pages = machine.kvm().gigabyte_pages();
     config.stores_seen = traits.stores_seen;
@@ -157,6 +148,21 @@ Ahead look_ahead(std::span<const std::byte> code) {
     ahead.emulate = loads_segment || next(0x0f, 0x01, 0xf8) || next(0x48, 0x0f, 0x07) || next(0x48, 0xcf) ||
                     next(0x0f, 0x30) || next(0x0f, 0x32) || next(0x0f, 0x20) || next(0x0f, 0x22);
     return ahead;
+}
+
+/// Whether there is a repeated OUTS at the start of `code`.
+bool is_repeated_output(std::span<const std::byte> code, bool long_mode) {
+    bool repeated = false;
+    for (const std::byte each : code) {
+        const auto byte = std::to_integer<unsigned>(each);
+        const bool segment = (byte & 0xe7) == 0x26 || byte == 0x64 || byte == 0x65;
+        const bool size = byte == 0x66 || byte == 0x67, rex = long_mode && (byte & 0xf0) == 0x40;
+        const bool repeat = byte == 0xf2 || byte == 0xf3;
+        if (!segment && !size && !rex && !repeat)
+            return repeated && (byte == 0x6e || byte == 0x6f);
+        repeated = repeated || repeat;
+    }
+    return false;
 }
 
 template<class... Cases>
@@ -280,6 +286,10 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     case ExitReason::port:
         verdict = trapped ? handle_trap(trap) : handle_port_exit();
         entered = !trapped;
+        if (entered && !verdict && !in_ring0 && continue_output()) {
+            verdict = machine_.guest_verdict();
+            entered = false;
+        }
         break;
     case ExitReason::mmio:
         handle_mmio_exit();
@@ -743,6 +753,22 @@ Monitor::Step Monitor::run_ahead() {
     return std::nullopt;
 }
 
+/// Where the machine honours IOPL, KVM itself makes the guest's accesses to ports, and exits for each element
+/// of a repeated OUTS. (Of INS it takes many at once.) What is left of one is written here, up to the
+/// emulator's bound: true if there was something. At this exit the state of the guest is that between two
+/// elements.
+bool Monitor::continue_output() {
+    if (!machine_.vcpu().port_exit().write || debugger_ || checks_ != nullptr || table_write_ ||
+        (cpu_.rflags & rflags::trap) != 0)
+        return false;
+    std::array<std::byte, ahead_bytes> bytes{};
+    const std::size_t got = space().peek(GuestVirt(cpu_.rip + (cpu_.cs.long_mode ? 0 : cpu_.cs.base)), bytes);
+    if (!is_repeated_output(std::span(bytes).first(got), cpu_.cs.long_mode))
+        return false;
+    (void)emulate(cpu_, space(), *this); // what is not done comes again, by its own fault or exit
+    return true;
+}
+
 Monitor::Step Monitor::deliver_event(const Event& event, TrapReason reason) {
     trap_.reason = reason;
     trap_.action = TrapAction::deliver;
@@ -890,11 +916,8 @@ bool Monitor::write_msr(std::uint32_t index, std::uint64_t value) {
     case MsrWrite::machine:
         break;
     }
-    const auto before = vcpu.read_msr(msr_apic_base);
     if (!vcpu.write_msr(index, value))
         return false;
-    if (index == msr_apic_base && before && apic_window(*before) != apic_window(value))
-        mmu_.set_devices({io_apic, apic_window(value)});
     cpu_.cr8 = vcpu.cr8(); // the same register as the local APIC's task priority
     return true;
 }

@@ -55,6 +55,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     void tell_debug_status(bool stepping);
     Step handle_syscall();
     [[nodiscard]] Step run_ahead();
+    bool continue_output();
     Step deliver_event(const Event& event, TrapReason reason);
     Step finish_user_entry();
     Step complete_event(const Event& event);

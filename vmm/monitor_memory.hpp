@@ -40,7 +40,7 @@ class MonitorMemory {
 
     /// Where monitor memory goes on a machine with this MAXPHYADDR: in the upper half of what it can address.
     [[nodiscard]] static MachinePhys default_base(unsigned physical_bits);
-    /// A frame beside monitor memory that no memory answers, on such a machine.
+    /// The frame below it, which no memory answers, on such a machine. What lies below that is the guest's.
     [[nodiscard]] static MachineFrame nothing(unsigned physical_bits);
 
   private:

@@ -18,7 +18,7 @@ namespace umbra {
 /// names with '-' for '_'.
 enum class Outcome : std::uint8_t {
     passed, ///< exit code 0
-    failed, ///< the guest said so: a value other than 0 at port 0xf4
+    failed, ///< the guest said so: a value other than 0 at port 0xf4 or 0x501
     triple_fault,
     reset,   ///< what kernels do that panic
     stopped, ///< umbra cannot go on with the guest

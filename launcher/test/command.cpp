@@ -92,7 +92,7 @@ std::vector<TestCase> select(std::vector<TestCase> cases, const TestOptions& opt
 void list_cases(const std::vector<TestCase>& cases, ListFormat format) {
     if (format == ListFormat::names) {
         for (const TestCase& test : cases)
-            (void)fmt::print("{}\n", printable_line(test.name));
+            (void)std::puts(printable_line(test.name).c_str()); // a failure is told at the end
         return;
     }
     nlohmann::ordered_json list = nlohmann::ordered_json::array();
@@ -104,7 +104,7 @@ void list_cases(const std::vector<TestCase>& cases, ListFormat format) {
                         {"tags", test.tags},
                         {"parameters", test.parameters},
                         {"timeout_seconds", std::chrono::duration<double>(test.timeout).count()}});
-    (void)fmt::print("{}\n", list.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace));
+    (void)std::puts(list.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace).c_str());
 }
 
 // --- What is told

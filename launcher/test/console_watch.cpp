@@ -1,5 +1,6 @@
 #include "launcher/test/console_watch.hpp"
 
+#include "launcher/test/text.hpp"
 #include "vmm/error.hpp"
 
 #include <algorithm>
@@ -68,10 +69,10 @@ std::string ConsoleWatch::add(std::string_view text) {
         text.remove_prefix(part.size());
         if (!text.empty() && text.front() == '\n') {
             text.remove_prefix(1);
-            if (line_.ends_with('\r'))
-                line_.pop_back();
+            end_line();
             look(true);
             converse(true, send);
+            look_for_near_misses();
             line_.clear();
             begins_here_ = true;
             required_from_ = expected_from_ = 0;
@@ -88,8 +89,15 @@ std::string ConsoleWatch::add(std::string_view text) {
 }
 
 void ConsoleWatch::finish() {
-    if (!line_.empty())
-        look(true);
+    if (line_.empty())
+        return;
+    end_line();
+    look(true);
+    look_for_near_misses();
+}
+
+void ConsoleWatch::end_line() {
+    line_.erase(line_.find_last_not_of('\r') + 1); // npos + 1 is 0
 }
 
 std::optional<std::size_t> ConsoleWatch::find(const Pattern& pattern, std::size_t from,
@@ -113,6 +121,7 @@ void ConsoleWatch::look(bool line_ends) {
             return;
         required_from_ = *end;
         ++required_found_;
+        required_near_miss_.reset();
     }
 }
 
@@ -124,7 +133,23 @@ void ConsoleWatch::converse(bool line_ends, std::string& send) {
         expected_from_ = *end;
         send += test_.conversation[exchanges_met_].send;
         ++exchanges_met_;
+        exchange_near_miss_.reset();
     }
+}
+
+void ConsoleWatch::look_for_near_misses() {
+    if (!begins_here_)
+        return;
+    const std::string seen = visible(line_);
+    if (seen == line_)
+        return;
+    const auto look_for = [&](const std::vector<Pattern>& patterns, std::size_t next,
+                              std::optional<Hit>& miss) {
+        if (next < patterns.size() && re2::RE2::PartialMatch(seen, *patterns[next]))
+            miss = {patterns[next]->pattern(), number_, line_};
+    };
+    look_for(required_, required_found_, required_near_miss_);
+    look_for(expected_, exchanges_met_, exchange_near_miss_);
 }
 
 void ConsoleWatch::shorten() {

@@ -37,8 +37,9 @@ class KeptText {
 /// Looks for a case's patterns, and plays its conversation.
 ///
 /// Patterns are looked for line by line: '^' and '$' are a line's beginning and end, and none matches over
-/// several lines. A line of more than `window` bytes is looked at in parts that overlap by a half of it, so
-/// that a guest that ends none costs no memory.
+/// several lines. A line ends at a "\n", with any "\r" before it: drivers add one to one that is there. A
+/// line of more than `window` bytes is looked at in parts that overlap by a half of it, so that a guest that
+/// ends none costs no memory.
 class ConsoleWatch {
   public:
     static constexpr std::size_t window = 4096;
@@ -62,6 +63,10 @@ class ConsoleWatch {
     [[nodiscard]] std::size_t exchanges_met() const { return exchanges_met_; }
     /// The first occurrence of a forbidden pattern.
     [[nodiscard]] const std::optional<Hit>& forbidden() const { return forbidden_; }
+    /// A line that the pattern which comes next, of TestCase::required or of TestCase::conversation, would
+    /// match if it were only what is seen of it (visible()): the last since the one before was found.
+    [[nodiscard]] const std::optional<Hit>& required_near_miss() const { return required_near_miss_; }
+    [[nodiscard]] const std::optional<Hit>& exchange_near_miss() const { return exchange_near_miss_; }
 
   private:
     using Pattern = std::unique_ptr<const re2::RE2>;
@@ -69,8 +74,10 @@ class ConsoleWatch {
     /// The end of the first match in line_ from `from`, if there is one.
     [[nodiscard]] std::optional<std::size_t> find(const Pattern& pattern, std::size_t from,
                                                   bool line_ends) const;
+    void end_line();
     void look(bool line_ends);
     void converse(bool line_ends, std::string& send);
+    void look_for_near_misses();
     void shorten();
 
     const TestCase& test_;
@@ -80,7 +87,7 @@ class ConsoleWatch {
     std::uint64_t number_ = 1; ///< of the line
     std::size_t required_from_ = 0, expected_from_ = 0; ///< in line_: where what was found before ends
     std::size_t required_found_ = 0, exchanges_met_ = 0;
-    std::optional<Hit> forbidden_;
+    std::optional<Hit> forbidden_, required_near_miss_, exchange_near_miss_;
 };
 
 } // namespace umbra

@@ -12,7 +12,7 @@ std::string_view example_manifest() {
 memory = "64M"          # K, M or G; a bare number is in MiB [128M]
 timeout = "30s"         # seconds, or "500ms", "90s", "2m", "1h" [60]
 
-# The least: the kernel shall pass. It does if it writes 0 to port 0xf4, or powers off.
+# The least: the kernel shall pass. It does if it writes 0 to port 0xf4 or 0x501, or powers off.
 [[case]]
 name = "boot"           # unique in this file
 kernel = "build/kernel.elf"

@@ -1,5 +1,6 @@
 #include "launcher/test/judge.hpp"
 
+#include "launcher/test/text.hpp"
 #include "vmm/error.hpp"
 
 #include <algorithm>
@@ -105,20 +106,32 @@ void judge_outcome(CaseResult& result, bool all_shown) {
     result.problems.push_back(std::move(problem));
 }
 
+/// What is to be told of a line that looks as if it were what was wanted; empty if there is none.
+std::string near_miss(const std::optional<ConsoleWatch::Hit>& hit, CaseResult& result) {
+    if (!hit)
+        return {};
+    if (!result.culprit)
+        result.culprit = hit->line;
+    return fmt::format("; line {} would match but for what cannot be seen in it: {}", hit->line,
+                       with_escapes(hit->text));
+}
+
 void judge_console(const RunFacts& facts, CaseResult& result) {
     const TestCase& test = result.test;
     if (facts.required_found < test.required.size()) {
         const std::string place = facts.required_found == 0
                                       ? std::string()
                                       : fmt::format(" after '{}'", test.required[facts.required_found - 1]);
-        result.problems.push_back(fmt::format(
-            "the console does not show '{}'{} ({} of {} required patterns found)",
-            test.required[facts.required_found], place, facts.required_found, test.required.size()));
+        result.problems.push_back(
+            fmt::format("the console does not show '{}'{} ({} of {} required patterns found){}",
+                        test.required[facts.required_found], place, facts.required_found,
+                        test.required.size(), near_miss(facts.required_near_miss, result)));
     }
     if (facts.exchanges_met < test.conversation.size())
-        result.problems.push_back(fmt::format("the conversation waits for '{}' in step {} of {}",
+        result.problems.push_back(fmt::format("the conversation waits for '{}' in step {} of {}{}",
                                               test.conversation[facts.exchanges_met].expect,
-                                              facts.exchanges_met + 1, test.conversation.size()));
+                                              facts.exchanges_met + 1, test.conversation.size(),
+                                              near_miss(facts.exchange_near_miss, result)));
     else if (!facts.all_sent)
         result.problems.emplace_back("the guest did not take all that the conversation sends");
 }

@@ -32,7 +32,7 @@ struct RunFacts {
 
     std::size_t required_found = 0, exchanges_met = 0; ///< as ConsoleWatch's
     bool all_sent = true; ///< what the conversation had to send, the guest's run took
-    std::optional<ConsoleWatch::Hit> forbidden;
+    std::optional<ConsoleWatch::Hit> forbidden, required_near_miss, exchange_near_miss; ///< as ConsoleWatch's
 };
 
 /// Fills in verdict, problems, outcome, code, reason, culprit and stats of `result`, whose `test` is set.

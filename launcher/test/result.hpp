@@ -45,18 +45,20 @@ struct CaseResult {
 
     /// How the guest's run ended; nothing if it was not started, or not left to end.
     std::optional<Outcome> outcome;
-    std::optional<std::uint32_t> code; ///< with `failed` and `passed`, if the guest gave one at port 0xf4
-    std::string reason;                ///< umbra's line on it: "triple fault: ..."; may be empty
+    std::optional<std::uint32_t>
+        code;           ///< with `failed` and `passed`, if the guest gave one at port 0xf4 or 0x501
+    std::string reason; ///< umbra's line on it: "triple fault: ..."; may be empty
 
     std::chrono::milliseconds start{0}; ///< since the runner began
     std::chrono::microseconds wall{0};  ///< of the child process, from its start to its end
     /// Of what the guest printed: all, or its beginning, a line that says how many bytes are left out, and
     /// its end.
     std::string console;
-    std::uint64_t console_bytes = 0;      ///< that the guest printed
-    std::optional<std::uint64_t> culprit; ///< the line of all of it, from 1, with a forbidden pattern
-    std::string stats;                    ///< `--stats=json`'s object; empty if there is none
-    std::string folder;                   ///< where its files are; empty: none was kept
+    std::uint64_t console_bytes = 0; ///< that the guest printed
+    /// The line of all of it, from 1, with a forbidden pattern, or that looks like a required one.
+    std::optional<std::uint64_t> culprit;
+    std::string stats;  ///< `--stats=json`'s object; empty if there is none
+    std::string folder; ///< where its files are; empty: none was kept
 };
 
 /// What is in the folder for results, beside the folders of cases: JsonLinesSink's events.

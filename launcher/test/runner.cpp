@@ -442,6 +442,8 @@ class Runner {
         facts.exchanges_met = run.watch.exchanges_met();
         facts.all_sent = run.to_send.empty();
         facts.forbidden = run.watch.forbidden();
+        facts.required_near_miss = run.watch.required_near_miss();
+        facts.exchange_near_miss = run.watch.exchange_near_miss();
 
         CaseResult result = new_result(run.test, run.attempt);
         result.start = std::chrono::duration_cast<milliseconds>(run.begun - begun_);

@@ -23,10 +23,11 @@ inline constexpr std::size_t tap_console = 4096;
 ///     ok 3 - boot/svm # SKIP this host has no native-ring0
 ///
 /// The YAML block: message (the first problem), severity (fail), outcome, code (the guest's value at port
-/// 0xf4, if there is one), duration_ms, attempt (with --repeat, from 1), at {file, line} of a manifest's
-/// case, problems (all of them), reason (umbra's), folder, console (its last part). After a passed case:
-/// duration_ms and attempt. Strings are between double quotes, and one line each. What was not run is "not
-/// ok", and Ctrl-C "Bail out!" after it. The plan is at the end where the number of runs is not known before.
+/// 0xf4 or 0x501, if there is one), duration_ms, attempt (with --repeat, from 1), at {file, line} of a
+/// manifest's case, problems (all of them), reason (umbra's), folder, console (its last part). After a passed
+/// case: duration_ms and attempt. Strings are between double quotes, and one line each. What was not run is
+/// "not ok", and Ctrl-C "Bail out!" after it. The plan is at the end where the number of runs is not known
+/// before.
 class TapSink final : public ResultSink {
   public:
     /// As OutputFile.

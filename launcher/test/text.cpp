@@ -140,6 +140,47 @@ std::string printable_line(std::string_view bytes) {
     return text;
 }
 
+std::string visible(std::string_view line) {
+    std::string text;
+    while (!line.empty()) {
+        if (const std::size_t length = control_sequence(line); length != 0) {
+            line.remove_prefix(length);
+            continue;
+        }
+        const std::string_view before = line;
+        const char32_t character = take_character(line);
+        const bool control = (character < 0x20 && character != '\t') || character == 0x7f;
+        if (!control && !deceives(character))
+            text += before.substr(0, before.size() - line.size());
+    }
+    text.erase(text.find_last_not_of(" \t") + 1); // npos + 1 is 0
+    return text;
+}
+
+std::string with_escapes(std::string_view line) {
+    std::string text = "\"";
+    while (!line.empty()) {
+        const std::string_view before = line;
+        const char32_t character = take_character(line);
+        const std::string_view bytes = before.substr(0, before.size() - line.size());
+        if (character == '"' || character == '\\')
+            text += '\\';
+        if (character == '\r') {
+            text += "\\r";
+        } else if (character == '\t') {
+            text += "\\t";
+        } else if (character < 0x20 || character == 0x7f || character == replacement) {
+            for (const char byte : bytes)
+                text += fmt::format("\\x{:02x}", static_cast<unsigned char>(byte));
+        } else if (deceives(character)) {
+            text += fmt::format("\\u{:04x}", static_cast<std::uint32_t>(character));
+        } else {
+            text += bytes;
+        }
+    }
+    return text + '"';
+}
+
 std::size_t columns_of(std::string_view line) {
     std::size_t columns = 0;
     while (!line.empty())

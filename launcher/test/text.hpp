@@ -18,6 +18,13 @@ namespace umbra {
 /// The same on one line: what separates lines, and tabs, are a space.
 [[nodiscard]] std::string printable_line(std::string_view bytes);
 
+/// What a person sees of a line: without control sequences, other control characters but tabs, what would be
+/// invisible, and blanks at its end. What is no UTF-8 stays.
+[[nodiscard]] std::string visible(std::string_view line);
+/// `line` with escapes as C++ has them in place of all that visible() leaves out, tabs and what is no UTF-8,
+/// between double quotes.
+[[nodiscard]] std::string with_escapes(std::string_view line);
+
 /// The beginning of `line`, of printable_line()'s, that a terminal shows in at most `columns` columns, with
 /// "…" at its end if something was cut off. Widths are those of Unicode's East Asian Width (UAX 11), and
 /// never taken too small.

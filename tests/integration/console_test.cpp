@@ -118,6 +118,28 @@ TEST_P(ConsoleTest, ClosedOutputIsToldAndChangesNoVerdict) {
     EXPECT_NE(ended.err.find("output was lost: Broken pipe"), std::string::npos) << ended;
 }
 
+/// What umbra opens does not take the number of what is closed: the console's text and umbra's own would go
+/// there.
+TEST_P(ConsoleTest, ClosedStandardFilesAreNoOthers) {
+    const std::string result = folder_.file("result"), trace = folder_.file("trace");
+    for (const std::vector<int>& closed : std::vector<std::vector<int>>{{0}, {1}, {2}, {0, 1}, {0, 1, 2}}) {
+        const Ended ended = Child(command({"--result", result, "--trace", trace}, guest_file("fail")),
+                                  {.prepare =
+                                       [&closed] {
+                                           for (const int fd : closed)
+                                               ::close(fd);
+                                           return true;
+                                       }})
+                                .end();
+        EXPECT_EQ(ended.exit_code, 1) << ended;
+        EXPECT_TRUE(contents_of(result).starts_with("{")) << contents_of(result);
+        EXPECT_TRUE(contents_of(trace).starts_with("# umbra trace"));
+        EXPECT_EQ((contents_of(result) + contents_of(trace)).find("fail: exiting"), std::string::npos);
+        const bool told = std::ranges::count(closed, 1) != 0 && std::ranges::count(closed, 2) == 0;
+        EXPECT_EQ(ended.err.find("output was lost: Bad file descriptor") != std::string::npos, told) << ended;
+    }
+}
+
 TEST_P(ConsoleTest, OutputThatNobodyReadsHoldsUpNoEnd) {
     Child child(command({"--timeout", "3"}, kernel(for_ever(print('x')))), {.unread = true});
     const Ended& ended = child.end();

@@ -2,6 +2,7 @@
 #include "tests/integration/child.hpp"
 #include "tests/integration/files.hpp"
 #include "tests/integration/host.hpp"
+#include "tests/integration/machine_code.hpp"
 
 #include <cstdint>
 #include <map>
@@ -128,6 +129,17 @@ TEST_P(StatsTest, EveryVerdictHasThem) {
     }
 }
 
+/// A megabyte each way, and a megabyte in words: an exit for each element would be millions.
+TEST_P(StatsTest, RepeatedPortAccessesAreFewExits) {
+    if (!shadow())
+        GTEST_SKIP() << "by the native engine KVM exits for each element of OUTS";
+    const Ended ended = run({"--stats=json"}, "stringio");
+    ASSERT_EQ(ended.exit_code, 0) << ended;
+    const Json stats = stats_of(ended);
+    ASSERT_TRUE(stats.is_object()) << ended;
+    EXPECT_LT(stats.at("exits").get<std::uint64_t>(), 6000U);
+}
+
 // --- The trace
 
 /// The pairs of a line of the trace, by their keys; empty if it is not well-formed.
@@ -190,6 +202,27 @@ TEST_P(StatsTest, TraceTellsOfProgramsSystemCallsAndInstructions) {
         EXPECT_TRUE(reasons.contains(reason)) << reason;
     for (const char* const instruction : {"lgdt", "lidt", "ltr", "iretq", "wrmsr"})
         EXPECT_TRUE(instructions.contains(instruction)) << instruction;
+}
+
+/// Shadow tables lead where the guest's do, also where no memory is.
+TEST_P(StatsTest, TraceTellsTheGuestsOwnAddressWhereNoMemoryIs) {
+    using namespace machine_code;
+    const Code load_dword{0x8b, 0x18}, store_byte{0x88, 0x18}; // (%rax)
+    const std::string file = folder_.file("trace");
+    const std::string kernel =
+        folder_.write("kernel", elf_kernel(mov_eax(0xd0001238) + load_dword + mov_eax(0xfed00345) +
+                                           store_byte + mov_eax(0xd0001238) + store_byte + exit(0)));
+    const Ended ended = run_umbra({"run", "--engine", GetParam(), "--trace", file, kernel});
+    ASSERT_EQ(ended.exit_code, 0) << ended;
+    std::vector<std::pair<std::string, std::string>> accesses;
+    for (const std::string& line : lines_of(contents_of(file))) {
+        const auto pairs = pairs_of(line);
+        if (pairs.contains("gpa"))
+            accesses.emplace_back(pairs.at("reason"), pairs.at("gpa"));
+    }
+    EXPECT_EQ(accesses,
+              (std::vector<std::pair<std::string, std::string>>{
+                  {"mmio_read", "0xd0001238"}, {"mmio_write", "0xfed00345"}, {"mmio_write", "0xd0001238"}}));
 }
 
 TEST_P(StatsTest, TraceThatCannotBeWrittenIsBadUsage) {

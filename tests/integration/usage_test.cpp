@@ -44,6 +44,27 @@ TEST(UsageTest, HelpNamesEveryOptionAndExitCode) {
         EXPECT_NE(help.find(word), std::string::npos) << word << " is not in\n" << help;
 }
 
+TEST(UsageTest, WhatCannotBeToldIsToldByTheExitCode) {
+    const std::string hello = guest_file("hello");
+    const auto without = [](int fd, const Arguments& arguments) {
+        return Child(umbra_command(arguments), {.prepare = [fd] { return ::close(fd) == 0; }}).end();
+    };
+    for (const Arguments& arguments : {Arguments{"--help"}, Arguments{"--version"},
+                                       Arguments{"inspect", hello}, Arguments{"test", "--list", hello}}) {
+        const Ended ended = without(STDOUT_FILENO, arguments);
+        EXPECT_EQ(ended.exit_code, 2) << ended;
+        EXPECT_TRUE(ended.err.starts_with("umbra: cannot write to standard output")) << ended;
+        EXPECT_EQ(without(STDIN_FILENO, arguments).exit_code, 0);
+        EXPECT_EQ(without(STDERR_FILENO, arguments).exit_code, 0);
+    }
+    EXPECT_EQ(without(STDERR_FILENO, {"run", "--frobnicate", hello}).exit_code, 2);
+    const Ended full =
+        Child({"/bin/sh", "-c", "exec \"$@\" >/dev/full", "sh", umbra_command({})[0], "inspect", hello})
+            .end();
+    EXPECT_EQ(full.exit_code, 2) << full;
+    EXPECT_EQ(full.err, "umbra: cannot write to standard output: No space left on device\n");
+}
+
 TEST(UsageTest, VersionIsOneLine) {
     const Ended ended = run_umbra({"--version"});
     EXPECT_EQ(ended.exit_code, 0) << ended;

@@ -69,6 +69,25 @@ TEST_P(VerdictTest, PowerOffPasses) {
     }
 }
 
+/// A guest that asked for S3 waits to be woken up, which nothing here does.
+TEST_P(VerdictTest, OtherSleepsStop) {
+    for (const std::uint16_t port : {std::uint16_t{0x604}, std::uint16_t{0xb004}}) {
+        const Ended ended = run(mov_dx(port) + mov_eax(0x2400) + out_dx_ax + spin);
+        EXPECT_EQ(ended.exit_code, 3) << ended;
+        EXPECT_TRUE(ended.err.starts_with("umbra: stopped: the guest asked for ACPI sleep type 1, "
+                                          "but umbra does not suspend"))
+            << ended;
+    }
+}
+
+/// Guests that write a failure to isa-debug-exit where QEMU has it by default, and power off then.
+TEST_P(VerdictTest, DefaultExitPortFails) {
+    const Ended ended =
+        run(mov_dx(0x501) + mov_eax(42) + out_dx_ax + mov_dx(0x604) + mov_eax(0x2000) + out_dx_ax + spin);
+    EXPECT_EQ(ended.exit_code, 1) << ended;
+    EXPECT_EQ(ended.verdict(), "failed with code 42 (0x2a)");
+}
+
 TEST_P(VerdictTest, ResetIsAPanic) {
     for (const Code& reset : {write_port(0x64, 0xfe), write_port(0x92, 0x01), write_port(0xcf9, 0x06)}) {
         const Ended ended = run(reset + spin);

@@ -1,5 +1,7 @@
 #include "tests/model/machines.hpp"
 
+#include <algorithm>
+
 namespace umbra::model {
 namespace {
 
@@ -144,13 +146,8 @@ class WalkerMachine final : public Machine {
 } // namespace
 
 std::uint64_t Machine::bus(std::uint64_t physical) {
-    for (const Range& range : ram()) {
-        if (physical - range.base < range.size)
-            return physical;
-    }
-    const std::uint64_t frame = physical / page_size;
-    const bool window = frame >= FakeMachine::window.number() && frame < FakeMachine::behind_window.number();
-    return window ? physical : FakeMachine::nothing.base().value() + physical % page_size;
+    const std::uint64_t frame = std::min(physical / page_size, FakeMachine::nothing.number());
+    return frame * page_size + physical % page_size;
 }
 
 std::vector<Range> Machine::ram() {

@@ -285,7 +285,7 @@ TEST_P(Threads, FaultWriteFlushAtOnce) {
                                             GetParam().pool_pages * page_size));
     std::atomic<unsigned> kicks = 0;
     MmuConfig config;
-    config.nothing = MachineFrame(0x3'0000'0000);
+    config.nothing = MachineFrame(0x1'fffe'ffff);
     config.stores_seen = true;
     config.first_slot = 300;
     config.sync = GetParam().sync;

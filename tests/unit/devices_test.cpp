@@ -208,19 +208,17 @@ TEST_F(SerialTest, ReceivedDataInterruptsUntilRead) {
     EXPECT_EQ(in(iir), 0x01U);
 }
 
-TEST_F(SerialTest, InterruptPassesOnlyWithOut2AndOutsideLoopback) {
+TEST_F(SerialTest, ModemControlHoldsNoInterruptBack) {
     out(ier, 0x01);
     type("a");
+    EXPECT_TRUE(interrupt_level()) << "OUT2 is 0";
+    for (const unsigned control : {0x08U, 0x18U, 0x10U, 0x00U})
+        out(mcr, control);
+    EXPECT_EQ(interrupt_levels, std::vector<bool>{true}) << "called on changes only";
+    (void)in(rbr);
     EXPECT_FALSE(interrupt_level());
-    out(mcr, 0x08);
+    out(ier, 0x02);
     EXPECT_TRUE(interrupt_level());
-    out(mcr, 0x18);
-    EXPECT_FALSE(interrupt_level());
-    out(mcr, 0x08);
-    EXPECT_TRUE(interrupt_level());
-    out(mcr, 0x00);
-    EXPECT_FALSE(interrupt_level());
-    EXPECT_EQ(interrupt_levels, (std::vector<bool>{true, false, true, false})) << "called on changes only";
 }
 
 TEST_F(SerialTest, EmptyTransmitterInterruptsWhenEnabledAndIsToldOnce) {
@@ -359,11 +357,14 @@ TEST_F(DevicesTest, DebugExitTakesEverySize) {
         unsigned size;
         std::uint32_t value;
     };
-    for (const Case& c : {Case{1, 0x21}, Case{2, 0x4321}, Case{4, 0x8765'4321}}) {
-        Platform fresh{PlatformConfig{}};
-        EXPECT_FALSE(fresh.exit());
-        fresh.port_write(Port{0xf4}, c.size, 0x8765'4321);
-        EXPECT_EQ(fresh.exit(), (GuestExit{GuestExit::Kind::debug_exit, c.value}));
+    for (const std::uint16_t port : std::array<std::uint16_t, 3>{0xf4, 0x501, 0x502}) {
+        for (const Case& c : {Case{1, 0x21}, Case{2, 0x4321}, Case{4, 0x8765'4321}}) {
+            Platform fresh{PlatformConfig{}};
+            EXPECT_EQ(fresh.port_read(Port{port}, c.size), 0U);
+            EXPECT_FALSE(fresh.exit());
+            fresh.port_write(Port{port}, c.size, 0x8765'4321);
+            EXPECT_EQ(fresh.exit(), (GuestExit{GuestExit::Kind::debug_exit, c.value})) << port;
+        }
     }
 }
 
@@ -413,8 +414,9 @@ TEST_F(DevicesTest, WaysToPowerOff) {
         unsigned size;
         std::uint32_t value;
     };
-    for (const Case& c : {Case{0x604, 2, 0x2000}, Case{0x604, 4, 0x2000}, Case{0x605, 1, 0x20},
-                          Case{0x604, 2, 0x3401}, Case{0xb004, 2, 0x2000}}) {
+    for (const Case& c :
+         {Case{0x604, 2, 0x2000}, Case{0x604, 4, 0x2000}, Case{0x605, 1, 0x20}, Case{0x604, 2, 0x3401},
+          Case{0xb004, 2, 0x2000}, Case{0xb004, 2, 0x3400}, Case{0xb005, 1, 0x34}}) {
         Platform fresh{PlatformConfig{}};
         fresh.port_write(Port{c.port}, c.size, c.value);
         EXPECT_EQ(fresh.exit(), GuestExit{GuestExit::Kind::power_off});
@@ -422,6 +424,21 @@ TEST_F(DevicesTest, WaysToPowerOff) {
     out(0x604, 0x1c01, 2);
     out(0x604, 0x20, 1);
     EXPECT_FALSE(platform.exit()) << "without SLP_EN";
+}
+
+TEST_F(DevicesTest, OtherSleepsAreNoPowerOff) {
+    for (const std::uint16_t port : std::array<std::uint16_t, 2>{0x604, 0xb004}) {
+        for (const std::uint32_t type : {1U, 2U, 3U, 4U, 6U, 7U}) {
+            Platform fresh{PlatformConfig{}};
+            fresh.port_write(Port{port}, 2, type << 10);
+            EXPECT_FALSE(fresh.exit());
+            fresh.port_write(Port{port}, 2, type << 10 | 1U << 13);
+            EXPECT_EQ(fresh.exit(), (GuestExit{GuestExit::Kind::sleep, type})) << port;
+        }
+    }
+    out(0x605, 5U << 2);
+    out(0x605, 1U << 2 | 1U << 5);
+    EXPECT_EQ(platform.exit(), (GuestExit{GuestExit::Kind::sleep, 1})) << "the type written last";
 }
 
 TEST_F(DevicesTest, AcpiRegistersAfterReset) {
@@ -535,9 +552,16 @@ TEST_F(DevicesTest, KeyboardAnswers) {
 }
 
 TEST_F(DevicesTest, MouseIsNotThere) {
-    out(0x64, 0xd4);
-    out(0x60, 0xff);
-    EXPECT_EQ(in(0x64) & 0x01, 0U);
+    for (const unsigned command : {0xd3U, 0xd4U}) { // a byte as if from the mouse, and to it
+        out(0x64, command);
+        out(0x60, 0xff);
+        EXPECT_EQ(in(0x64) & 0x61, 0x61U) << "the mouse's answer has not come in time";
+        EXPECT_EQ(in(0x60), 0xfeU);
+        EXPECT_EQ(in(0x64) & 0x61, 0U);
+    }
+    out(0x64, 0xa9);
+    EXPECT_EQ(in(0x64) & 0x61, 0x01U) << "the controller's own";
+    EXPECT_EQ(in(0x60), 0x01U);
     out(0x64, 0xd2);
     out(0x60, 0x77);
     EXPECT_EQ(in(0x60), 0x77U);
@@ -607,8 +631,62 @@ TEST_F(DevicesTest, RtcStatusAndMemory) {
     EXPECT_EQ(in(0x70), 0xffU);
 }
 
+TEST_F(DevicesTest, RtcTellsWhatHasHappened) {
+    EXPECT_EQ(cmos(0x0c), 0U);
+    now += 976us; // not yet a period of 1024 Hz
+    EXPECT_EQ(cmos(0x0c), 0U);
+    now += 1us;
+    EXPECT_EQ(cmos(0x0c), 0x40U);
+    EXPECT_EQ(cmos(0x0c), 0U) << "reading clears it";
+    set_cmos(0x0a, 0x20); // no periods
+    now += 998ms;
+    EXPECT_EQ(cmos(0x0c), 0U);
+    now += 2ms; // 13:46:00
+    set_cmos(0x0b, 0x12);
+    EXPECT_EQ(cmos(0x0c), 0x90U) << "an update, which is enabled";
+    now += 1s;
+    set_cmos(0x0b, 0x82);
+    EXPECT_EQ(cmos(0x0c), 0x00U) << "no updates while the time is set";
+    set_cmos(0x0b, 0x02);
+    set_cmos(0x0a, 0x2f); // 2 Hz
+    now += 400ms;
+    EXPECT_EQ(cmos(0x0c), 0x00U);
+    now += 200ms;
+    EXPECT_EQ(cmos(0x0c), 0x40U);
+    set_cmos(0x0a, 0x21); // as 0x28: 256 Hz
+    now += 4ms;
+    EXPECT_EQ(cmos(0x0c), 0x40U);
+    now += 100us;
+    EXPECT_EQ(cmos(0x0c), 0x00U);
+}
+
+TEST_F(DevicesTest, RtcTellsThatItsAlarmHasCome) {
+    set_cmos(0x0a, 0x20);
+    set_cmos(0x0b, 0x22); // enabled; BCD
+    set_cmos(0x05, 0x13);
+    set_cmos(0x03, 0x46);
+    set_cmos(0x01, 0x02);
+    now += 2s; // 13:46:01
+    EXPECT_EQ(cmos(0x0c), 0x10U);
+    now += 1s;
+    EXPECT_EQ(cmos(0x0c), 0xb0U);
+    now += 23h + 59min + 59s;
+    EXPECT_EQ(cmos(0x0c), 0x10U);
+    now += 49h;
+    EXPECT_EQ(cmos(0x0c), 0xb0U) << "once a day";
+    set_cmos(0x05, 0xff); // in any hour
+    now += 2s;            // 14:46:03
+    EXPECT_EQ(cmos(0x0c), 0xb0U);
+    now += 59min;
+    EXPECT_EQ(cmos(0x0c), 0x10U);
+    set_cmos(0x01, 0x99); // no time
+    now += 49h;
+    EXPECT_EQ(cmos(0x0c), 0x10U);
+}
+
 TEST_F(DevicesTest, CmosTellsMemorySizes) {
     const auto word = [this](std::uint8_t index) { return cmos(index) | cmos(index + 1) << 8; };
+    EXPECT_EQ(cmos(0x14), 0x02U);
     EXPECT_EQ(word(0x15), 640U);
     EXPECT_EQ(word(0x17), 0xffffU) << "as much as fits";
     EXPECT_EQ(word(0x30), 0xffffU);

@@ -64,7 +64,7 @@ class FakeMachine {
     static constexpr std::uint64_t hole = 0xa'0000, low_end = 32 * mb, high = 4 * gb, high_end = 6 * gb;
     static constexpr GuestFrame window{0xb8}, behind_window{0xc0};
     // Machine-physical space: beyond anything that the guest may name.
-    static constexpr MachineFrame pool_first{0x2'0000'0000}, nothing{0x3'0000'0000};
+    static constexpr MachineFrame pool_first{0x2'0000'0000}, nothing{0x1'fffe'ffff};
     static constexpr ShadowEntry switcher{MachineFrame{0x1'ffff'0000},
                                           entry_bit::present | entry_bit::writable | entry_bit::accessed |
                                               entry_bit::dirty};
@@ -92,7 +92,6 @@ class FakeMachine {
 
     static MmuConfig config(const Options& options) {
         MmuConfig config;
-        config.devices = {{window, behind_window - window}};
         config.nothing = nothing;
         config.gigabyte_pages = options.gigabyte_pages;
         config.stores_seen = options.stores_seen;

@@ -406,7 +406,7 @@ TEST_P(MmuGuard, OpenedWhereNoMemoryIs) {
         set(guards);
         EXPECT_EQ(m.read(at), guarded);
         open();
-        EXPECT_EQ(m.read(at), leads_nowhere());
+        EXPECT_EQ(m.read(at), mapped(no_memory));
         finish();
         expect_all(at, guarded);
     }

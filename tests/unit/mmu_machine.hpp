@@ -25,10 +25,11 @@ inline constexpr GuestVirt kernel_at{0xffff'9000'0000'0000};
 inline constexpr GuestVirt giant = GuestVirt(at.value() & ~(gb - 1)),
                            large = GuestVirt(at.value() & ~(2 * mb - 1));
 
-/// The access reaches this byte of the page.
+/// The access reaches this byte of the page: in RAM, or where no memory is.
 inline Outcome mapped(GuestFrame frame, std::uint64_t offset = 0) {
     return {.address = MachineFrame(frame.number()).base() + offset, .error_code = {}};
 }
+/// The page is not the guest's.
 inline Outcome leads_nowhere(std::uint64_t offset = 0) {
     return {.address = FakeMachine::nothing.base() + offset, .error_code = {}};
 }

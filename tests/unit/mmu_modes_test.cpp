@@ -527,13 +527,16 @@ TEST(MmuModes, WithoutPagingEveryAddressIsItself) {
     m.load_cr3(GuestFrame(0));
     for (const Access access : {Access{}, Access{.write = true}, Access{.fetch = true}}) {
         EXPECT_EQ(m.access(GuestVirt(0x1234), access), mapped(GuestFrame(1), 0x234));
-        EXPECT_EQ(m.access(GuestVirt(FakeMachine::hole + 8), access), leads_nowhere(8));
+        EXPECT_EQ(m.access(GuestVirt(FakeMachine::hole + 8), access),
+                  mapped(GuestFrame(FakeMachine::hole >> page_shift), 8));
         EXPECT_EQ(m.access(GuestVirt(FakeMachine::window.base().value() + 4), access),
                   mapped(FakeMachine::window, 4));
-        EXPECT_EQ(m.access(GuestVirt(FakeMachine::behind_window.base().value()), access), leads_nowhere());
+        EXPECT_EQ(m.access(GuestVirt(FakeMachine::behind_window.base().value()), access),
+                  mapped(FakeMachine::behind_window));
         EXPECT_EQ(m.access(GuestVirt(5 * mb), access), mapped(GuestFrame(5 * mb >> page_shift)));
-        EXPECT_EQ(m.access(GuestVirt(FakeMachine::low_end), access), leads_nowhere());
-        EXPECT_EQ(m.access(GuestVirt(0xffff'f000), access), leads_nowhere());
+        EXPECT_EQ(m.access(GuestVirt(FakeMachine::low_end), access),
+                  mapped(GuestFrame(FakeMachine::low_end >> page_shift)));
+        EXPECT_EQ(m.access(GuestVirt(0xffff'f000), access), mapped(GuestFrame(0xffff'f)));
     }
     EXPECT_TRUE(m.shadow(GuestVirt(5 * mb), 2).has(ps | rw));
     EXPECT_EQ(m.mmu.counters().guest_faults, 0U);
@@ -548,7 +551,8 @@ TEST(MmuModes, AccessedBitOfA32BitEntryIsAnAddressBitOfA64BitOne) {
     for (const Sync sync : {Sync::compare, Sync::protect, Sync::adaptive, Sync::trap}) {
         Machine m({.sync = sync});
         m.paging.physical_bits = 37;
-        m.map(at, GuestFrame(std::uint64_t{7} << 20), user_bits | a | d); // as 4-byte entries: both present
+        const GuestFrame no_memory(std::uint64_t{7} << 20);
+        m.map(at, no_memory, user_bits | a | d); // as 4-byte entries: both present
         const GuestPhys slot = m.slot(m.root, at);
         const auto load = [&](const PagingFormat& format, GuestFrame cr3) {
             m.paging.format = &format;
@@ -558,7 +562,7 @@ TEST(MmuModes, AccessedBitOfA32BitEntryIsAnAddressBitOfA64BitOne) {
         m.store32(directory, 1, slot.frame().base().value() | user_bits);
         for (int i = 0; i < 40; ++i) { // until its table has no snapshot
             load(paging_4_level, m.root);
-            EXPECT_EQ(m.read(at), leads_nowhere());
+            EXPECT_EQ(m.read(at), mapped(no_memory));
         }
         load(paging_32_bit, directory);
         const std::uint64_t index = slot.page_offset() / 4 + 1;

@@ -2,6 +2,7 @@
 // hand.
 #include "launcher/test/console_watch.hpp"
 #include "launcher/test/judge.hpp"
+#include "launcher/test/text.hpp"
 #include "vmm/error.hpp"
 
 #include <chrono>
@@ -229,6 +230,70 @@ TEST(ConsoleWatch, RequiredPatternsComeInTheirOrder) {
     EXPECT_EQ(watch.required_found(), 2U) << "the line has not ended";
     watch.finish();
     EXPECT_EQ(watch.required_found(), 3U);
+}
+
+TEST(ConsoleWatch, ALineEndsWithAllItsCarriageReturns) {
+    for (const char* const text : {"ready\n", "ready\r\n", "ready\r\r\n", "ready\r\r\r\n", "ready\r\r"}) {
+        TestCase test;
+        test.required = {"^ready$"};
+        test.conversation = {{"^ready$", ""}};
+        ConsoleWatch watch(test);
+        for (const char c : "\r\n" + std::string(text))
+            (void)watch.add({&c, 1});
+        watch.finish();
+        EXPECT_EQ(watch.required_found(), 1U) << text;
+        EXPECT_EQ(watch.exchanges_met(), 1U) << text;
+        EXPECT_FALSE(watch.required_near_miss()) << text;
+    }
+}
+
+TEST(ConsoleWatch, TellsOfLinesThatOnlyLookAsIfTheyMatched) {
+    for (const char* const text : {"\x1b[32mready\x1b[0m", "ready ", "rea\rdy",
+                                   "re\xe2\x80\x8b"
+                                   "ady",
+                                   "\x07ready"}) {
+        TestCase test;
+        test.required = {"begin", "^ready$", "end"};
+        test.conversation = {{"^ready$", ""}};
+        ConsoleWatch watch(test);
+        (void)watch.add("begin\nnot ready\n" + std::string(text) + "\n!\n");
+        watch.finish();
+        EXPECT_EQ(watch.required_found(), 1U) << text;
+        ASSERT_TRUE(watch.required_near_miss()) << text;
+        EXPECT_EQ(watch.required_near_miss()->line, 3U);
+        EXPECT_EQ(watch.required_near_miss()->text, text);
+        EXPECT_TRUE(watch.exchange_near_miss() || watch.exchanges_met() == 1) << text;
+        (void)watch.add("ready\n");
+        EXPECT_EQ(watch.required_found(), 2U);
+        EXPECT_FALSE(watch.required_near_miss()) << "it was found after all";
+        EXPECT_FALSE(watch.exchange_near_miss());
+    }
+}
+
+TEST(Text, VisibleAndEscapedAreOfOneLine) {
+    EXPECT_EQ(visible("a\tb \x1b[1;31mc\x7f\r \t"), "a\tb c");
+    EXPECT_EQ(visible("\xff\xc3\xa4\xef\xbb\xbf"), "\xff\xc3\xa4");
+    EXPECT_EQ(visible(" \r"), "");
+    EXPECT_EQ(with_escapes("a\tb\r \x1b[1mc\x7f\"\\ "), R"("a\tb\r \x1b[1mc\x7f\"\\ ")");
+    EXPECT_EQ(with_escapes("\xff\xc3\xa4\xef\xbb\xbf"), "\"\\xff\xc3\xa4\\ufeff\"");
+}
+
+TEST(Judge, ANearMissShowsWhatCannotBeSeen) {
+    TestCase test;
+    test.required = {"^ready$"};
+    test.conversation = {{"# $", ""}};
+    RunFacts facts = ended("passed");
+    facts.required_near_miss = {"^ready$", 7, "ready\x1b[0m"};
+    facts.exchange_near_miss = {"# $", 8, "# \x07"};
+    const CaseResult result = judged(test, facts);
+    ASSERT_EQ(result.problems.size(), 2U);
+    EXPECT_EQ(result.problems[0],
+              "the console does not show '^ready$' (0 of 1 required patterns found); line 7 would "
+              R"(match but for what cannot be seen in it: "ready\x1b[0m")");
+    EXPECT_EQ(result.problems[1],
+              "the conversation waits for '# $' in step 1 of 1; line 8 would match but for what "
+              R"(cannot be seen in it: "# \x07")");
+    EXPECT_EQ(result.culprit, 7U);
 }
 
 TEST(ConsoleWatch, OneOccurrenceIsFoundOnce) {

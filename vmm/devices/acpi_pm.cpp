@@ -12,7 +12,6 @@ constexpr unsigned timer_offset = acpi_timer_port - acpi_event_port;
 constexpr std::uint16_t control_sci_enable = 1U << 0; // ACPI mode
 constexpr std::uint16_t control_bus_master_reload = 1U << 1;
 constexpr std::uint16_t control_sleep_type = 7U << 10;
-constexpr std::uint16_t control_sleep_enable = 1U << 13; // write-only
 
 std::uint8_t byte_of(std::uint32_t value, unsigned index) {
     return static_cast<std::uint8_t>(value >> (8 * index));
@@ -57,8 +56,8 @@ void AcpiPm::write(unsigned offset, unsigned size, std::uint32_t value) {
         else if (at >= control_offset && at < control_offset + acpi_control_bytes)
             set_byte(control, at - control_offset, value);
     }
-    if ((control & control_sleep_enable) != 0)
-        power_off_requested_ = true;
+    if (const auto type = acpi_sleep_type(control)) // SLP_EN is write-only
+        sleep_requested_ = type;
     control_ = control & (control_bus_master_reload | control_sleep_type);
 }
 

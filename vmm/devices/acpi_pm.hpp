@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <optional>
 
 namespace umbra {
 
@@ -16,9 +17,17 @@ inline constexpr unsigned acpi_event_bytes = 4;
 inline constexpr unsigned acpi_control_bytes = 2;
 inline constexpr unsigned acpi_timer_bytes = 4; ///< all 32 bits count: FADT.TMR_VAL_EXT
 
-/// SLP_TYP of S5 as the DSDT's \_S5 tells it. A power-off with another one is a power-off as well: kernels
-/// that do not read the DSDT write what works elsewhere.
-inline constexpr std::uint8_t acpi_soft_off = 5;
+/// SLP_TYP of S5 as the DSDT's \_S5 tells it, and as QEMU's does: kernels that do not read the DSDT write
+/// what works there.
+inline constexpr std::uint8_t acpi_soft_off = 5, acpi_soft_off_qemu = 0;
+
+/// The sleep type that a value of PM1 control asks for, if it sets SLP_EN (4.8.3.2.1).
+[[nodiscard]] constexpr std::optional<std::uint8_t> acpi_sleep_type(std::uint16_t control) {
+    constexpr unsigned enable = 1U << 13, type_shift = 10, type_mask = 7;
+    if ((control & enable) == 0)
+        return std::nullopt;
+    return static_cast<std::uint8_t>(control >> type_shift & type_mask);
+}
 
 inline constexpr std::uint64_t acpi_timer_hz = 3'579'545;
 
@@ -34,8 +43,8 @@ class AcpiPm {
     [[nodiscard]] std::uint32_t read(unsigned offset, unsigned size) const;
     void write(unsigned offset, unsigned size, std::uint32_t value);
 
-    /// Whether the guest has set SLP_EN.
-    [[nodiscard]] bool power_off_requested() const { return power_off_requested_; }
+    /// The SLP_TYP with which the guest has set SLP_EN, once it has.
+    [[nodiscard]] std::optional<std::uint8_t> sleep_requested() const { return sleep_requested_; }
 
   private:
     [[nodiscard]] std::uint8_t read_byte(unsigned offset, std::uint32_t timer) const;
@@ -44,7 +53,7 @@ class AcpiPm {
     std::chrono::steady_clock::time_point start_;
     std::uint16_t enable_ = 0;
     std::uint16_t control_ = 0;
-    bool power_off_requested_ = false;
+    std::optional<std::uint8_t> sleep_requested_;
 };
 
 } // namespace umbra

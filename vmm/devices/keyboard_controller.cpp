@@ -9,6 +9,8 @@ constexpr std::uint8_t status_output_full = 0x01;
 constexpr std::uint8_t status_self_test_passed = 0x04;
 constexpr std::uint8_t status_last_was_command = 0x08;
 constexpr std::uint8_t status_not_locked = 0x10;
+constexpr std::uint8_t status_mouse = 0x20; // the output is the mouse's
+constexpr std::uint8_t status_timeout = 0x40;
 
 constexpr std::uint8_t output_port_not_reset = 0x01; // the reset line is active low
 constexpr std::uint8_t output_port_a20 = 0x02;
@@ -20,6 +22,7 @@ constexpr std::uint8_t command_interrupt = 0x01;
 
 constexpr std::uint8_t controller_self_test_passed = 0x55;
 constexpr std::uint8_t interface_test_passed = 0x00;
+constexpr std::uint8_t nobody_answers = 0xfe;
 constexpr std::uint8_t interface_clock_stuck_low = 0x01; // what a controller finds where no mouse is
 
 // No sequence of commands that a driver waits through leaves more answers than this unread.
@@ -30,7 +33,7 @@ constexpr std::size_t output_limit = 16;
 std::uint8_t KeyboardController::read_data() {
     if (output_.empty())
         return last_output_;
-    last_output_ = output_.front();
+    last_output_ = output_.front().value;
     output_.pop_front();
     set_interrupt(false); // each byte is an edge
     update();
@@ -45,7 +48,8 @@ std::size_t KeyboardController::receive(std::span<const char> text) {
 
 std::uint8_t KeyboardController::read_status() const {
     unsigned status = status_self_test_passed | status_not_locked;
-    status |= output_.empty() ? 0U : status_output_full;
+    if (!output_.empty())
+        status |= status_output_full | (output_.front().no_mouse ? status_mouse | status_timeout : 0U);
     status |= last_write_was_command_ ? status_last_was_command : 0U;
     return static_cast<std::uint8_t>(status);
 }
@@ -68,7 +72,8 @@ void KeyboardController::write_data(std::uint8_t value) {
     case Destination::output_buffer:
         reply(value);
         break;
-    case Destination::mouse: // not there: no answer
+    case Destination::mouse: // what a controller says that has waited in vain; at once, as nobody will answer
+        put({nobody_answers, true});
         break;
     }
     update();
@@ -139,9 +144,9 @@ void KeyboardController::write_command(std::uint8_t value) {
     update();
 }
 
-void KeyboardController::reply(std::uint8_t value) {
+void KeyboardController::put(Byte byte) {
     if (output_.size() < output_limit)
-        output_.push_back(value);
+        output_.push_back(byte);
 }
 
 void KeyboardController::set_output_port(std::uint8_t value) {
@@ -158,8 +163,8 @@ bool KeyboardController::translates() const {
 void KeyboardController::update() {
     if (output_.empty() && (command_byte_ & command_keyboard_disabled) == 0)
         for (const std::uint8_t byte : keyboard_.next_event(translates()))
-            output_.push_back(byte);
-    set_interrupt(!output_.empty() && (command_byte_ & command_interrupt) != 0);
+            output_.push_back({byte});
+    set_interrupt(!output_.empty() && !output_.front().no_mouse && (command_byte_ & command_interrupt) != 0);
 }
 
 void KeyboardController::set_interrupt(bool level) {

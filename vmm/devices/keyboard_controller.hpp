@@ -34,7 +34,13 @@ class KeyboardController {
     /// Where the next byte written to the data port goes.
     enum class Destination { keyboard, command_byte, output_port, output_buffer, mouse };
 
-    void reply(std::uint8_t value);
+    struct Byte {
+        std::uint8_t value = 0;
+        bool no_mouse = false; ///< the controller's, in place of the mouse's answer
+    };
+
+    void reply(std::uint8_t value) { put({value}); }
+    void put(Byte byte);
     void set_output_port(std::uint8_t value);
     [[nodiscard]] bool translates() const;
     void update();
@@ -43,8 +49,8 @@ class KeyboardController {
     InterruptLine interrupt_;
     bool interrupt_level_ = false;
     Keyboard keyboard_;
-    std::deque<std::uint8_t> output_; ///< the controller's output buffer and what waits behind it; bounded
-    std::uint8_t last_output_ = 0;    ///< what the data port reads as when there is nothing new
+    std::deque<Byte> output_;      ///< the controller's output buffer and what waits behind it; bounded
+    std::uint8_t last_output_ = 0; ///< what the data port reads as when there is nothing new
     std::uint8_t command_byte_ = 0x45;
     std::uint8_t output_port_ = 0x03;
     Destination destination_ = Destination::keyboard;

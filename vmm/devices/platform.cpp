@@ -36,7 +36,6 @@ constexpr std::array<PortSpan, 5> kvm_ports{
 
 constexpr std::uint8_t control_a_reset = 0x01;
 constexpr std::uint8_t reset_control_reset = 0x04;
-constexpr std::uint32_t power_sleep_enable = 0x2000; // PM1_CNT.SLP_EN (ACPI specification §4.8.3.2.1)
 
 } // namespace
 
@@ -55,7 +54,7 @@ struct Platform::Range {
 
 const Platform::Range* Platform::find(Port port) {
     using enum Range::Width;
-    static constexpr std::array<Range, 15> ranges{{
+    static constexpr std::array<Range, 16> ranges{{
         {serial_base, serial_base + Serial::register_count - 1, bytes, &Platform::read_serial,
          &Platform::write_serial},
         {second_serial_base, second_serial_base + Serial::register_count - 1, bytes, &Platform::read_serial,
@@ -70,6 +69,7 @@ const Platform::Range* Platform::find(Port port) {
         {0x92, 0x92, bytes, &Platform::read_control_a, &Platform::write_control_a},
         {0xe9, 0xe9, bytes, &Platform::read_debug_console, &Platform::write_debug_console},
         {0xf4, 0xf4, any, &Platform::read_debug_exit, &Platform::write_debug_exit},
+        {0x501, 0x502, any, &Platform::read_debug_exit, &Platform::write_debug_exit},
         {acpi_event_port, acpi_timer_port + acpi_timer_bytes - 1, any, &Platform::read_acpi,
          &Platform::write_acpi},
         {0xb004, 0xb005, any, &Platform::read_power, &Platform::write_power},
@@ -230,8 +230,8 @@ std::uint32_t Platform::read_acpi(Port port, unsigned size) {
 
 void Platform::write_acpi(Port port, unsigned size, std::uint32_t value) {
     acpi_.write(number(port) - unsigned{acpi_event_port}, size, value);
-    if (acpi_.power_off_requested())
-        end_run({GuestExit::Kind::power_off});
+    if (const auto type = acpi_.sleep_requested())
+        sleep(*type);
 }
 
 std::uint32_t Platform::read_power(Port /*port*/, unsigned /*size*/) {
@@ -239,10 +239,9 @@ std::uint32_t Platform::read_power(Port /*port*/, unsigned /*size*/) {
 }
 
 void Platform::write_power(Port port, unsigned /*size*/, std::uint32_t value) {
-    // The sleep type is not looked at: no table tells of this register, and none tells of a sleep.
     const unsigned byte = number(port) % 2;
-    if (((value << (8 * byte)) & power_sleep_enable) != 0)
-        end_run({GuestExit::Kind::power_off});
+    if (const auto type = acpi_sleep_type(static_cast<std::uint16_t>(value << (8 * byte))))
+        sleep(*type);
 }
 
 std::uint32_t Platform::read_pci(Port port, unsigned size) {
@@ -262,6 +261,13 @@ void Platform::write_pci(Port port, unsigned size, std::uint32_t value) {
         if ((value & reset_control_reset) != 0)
             end_run({GuestExit::Kind::reset});
     }
+}
+
+void Platform::sleep(std::uint8_t type) {
+    if (type == acpi_soft_off || type == acpi_soft_off_qemu)
+        end_run({GuestExit::Kind::power_off});
+    else
+        end_run({GuestExit::Kind::sleep, type});
 }
 
 void Platform::end_run(GuestExit how) {

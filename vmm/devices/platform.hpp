@@ -6,8 +6,9 @@
 //   0x80               POST code: dropped                  0x510-0x51b   fw_cfg
 //   0x92               system control port A               0x600-0x60b   ACPI: events, power-off, timer
 //   0xe9               debug console                       0xb004        ACPI power-off of older PCs
-//   0xf4               isa-debug-exit, as QEMU's           0xcf8-0xcff   PCI configuration: no device;
-//   0x2f8-0x2ff        16550A serial port, IRQ 3                         0xcf9 is the reset control
+//   0xf4 0x501-0x502   isa-debug-exit, where QEMU's is     0xcf8-0xcff   PCI configuration: no device;
+//                      told to be, and where by default                  0xcf9 is the reset control
+//   0x2f8-0x2ff        16550A serial port, IRQ 3
 //
 // The interrupt controllers and the timer are KVM's: kvm_owns() names their ports.
 #pragma once
@@ -38,9 +39,10 @@ struct GuestExit {
         debug_exit, ///< wrote `value` to isa-debug-exit; by convention 0 = passed
         reset,      ///< keyboard controller, port 0x92, or reset control register
         power_off,  ///< ACPI
+        sleep,      ///< ACPI, a sleep type that is not power-off, of which there are none here
     };
     Kind kind;
-    std::uint32_t value = 0; ///< of debug_exit; 0 otherwise
+    std::uint32_t value = 0; ///< of debug_exit; the type (SLP_TYP) of sleep; 0 otherwise
 
     bool operator==(const GuestExit&) const = default;
 };
@@ -143,6 +145,7 @@ class Platform {
     std::uint32_t read_pci(Port port, unsigned size);
     void write_pci(Port port, unsigned size, std::uint32_t value);
 
+    void sleep(std::uint8_t type);
     void end_run(GuestExit how);
     [[nodiscard]] Serial& serial(Port port);
 

@@ -27,6 +27,20 @@ constexpr std::uint8_t status_b_binary = 0x04;    // otherwise BCD
 constexpr std::uint8_t status_b_24_hours = 0x02;  // otherwise 12 hours with PM in bit 7
 constexpr std::uint8_t status_d_valid = 0x80;     // the battery is good
 constexpr std::uint8_t hours_pm = 0x80;
+constexpr std::uint8_t seconds_alarm = 0x01;
+constexpr std::uint8_t minutes_alarm = 0x03;
+constexpr std::uint8_t hours_alarm = 0x05;
+constexpr std::uint8_t alarm_any = 0xc0; // both bits: whatever the time is
+
+constexpr std::uint8_t status_a_rate = 0x0f;
+constexpr std::uint8_t status_b_set = 0x80; // the time is being set: no updates
+// Of status C; their interrupts are enabled by the same bits of status B.
+constexpr std::uint8_t flag_update = 0x10;
+constexpr std::uint8_t flag_alarm = 0x20;
+constexpr std::uint8_t flag_periodic = 0x40;
+constexpr std::uint8_t flag_any = 0x80; // one of them is enabled
+
+constexpr std::uint64_t time_base_hz = 32768;
 
 // UIP rises this long before the time changes, so that who sees it clear can read the time undisturbed. The
 // time here changes at once, so it falls with the change.
@@ -41,6 +55,7 @@ constexpr std::uint64_t base_memory_kib = 640;
 Rtc::Rtc(WallClock clock, std::uint64_t low_memory, std::uint64_t high_memory) : clock_(std::move(clock)) {
     memory_[status_a] = status_a_at_reset;
     memory_[status_b] = status_b_24_hours;
+    flags_since_ = now();
 
     const auto put = [this](std::size_t index, std::uint64_t value, std::size_t bytes) {
         for (std::size_t i = 0; i < bytes; ++i)
@@ -50,6 +65,8 @@ Rtc::Rtc(WallClock clock, std::uint64_t low_memory, std::uint64_t high_memory) :
         return memory > start ? memory - start : 0;
     };
     const std::uint64_t extended_kib = std::min<std::uint64_t>(above(low_memory, mib) / kib, 0xffff);
+    constexpr std::uint8_t equipment = 0x02; // an FPU, a VGA, no mouse, no floppy disk
+    put(0x14, equipment, 1);
     put(0x15, base_memory_kib, 2);
     put(0x17, extended_kib, 2); // KiB above 1 MB, twice: as configured and as found
     put(0x30, extended_kib, 2);
@@ -57,12 +74,12 @@ Rtc::Rtc(WallClock clock, std::uint64_t low_memory, std::uint64_t high_memory) :
     put(0x5b, std::min<std::uint64_t>(high_memory / (64 * kib), 0xff'ffff), 3);
 }
 
-std::uint8_t Rtc::read() const {
+std::uint8_t Rtc::read() {
     using namespace std::chrono;
-    const auto now = floor<microseconds>(clock_());
-    const auto day = floor<days>(now);
+    const Moment moment = now();
+    const auto day = floor<days>(moment);
     const year_month_day date{day};
-    const hh_mm_ss time{now - day};
+    const hh_mm_ss time{moment - day};
     const auto year = static_cast<unsigned>(static_cast<int>(date.year()));
     switch (index_) {
     case seconds_register:
@@ -85,6 +102,8 @@ std::uint8_t Rtc::read() const {
         const bool updating = time.subseconds() >= seconds{1} - update_warning;
         return static_cast<std::uint8_t>(memory_[status_a] | (updating ? update_in_progress : 0U));
     }
+    case status_c:
+        return take_flags();
     case status_d:
         return status_d_valid;
     default:
@@ -103,6 +122,53 @@ void Rtc::write(std::uint8_t value) {
         memory_.at(index_) = value;
         break;
     }
+}
+
+/// Status C, which reading clears.
+std::uint8_t Rtc::take_flags() {
+    using namespace std::chrono;
+    const Moment until = now(), since = std::exchange(flags_since_, until);
+    const auto first = floor<seconds>(since), last = floor<seconds>(until);
+    unsigned flags = 0;
+    if ((memory_[status_b] & status_b_set) == 0 && last > first)
+        flags |= flag_update | (alarm_in(first, last) ? flag_alarm : 0U);
+    if (periods_until(until) != periods_until(since))
+        flags |= flag_periodic;
+    if ((flags & memory_[status_b]) != 0)
+        flags |= flag_any;
+    return static_cast<std::uint8_t>(flags);
+}
+
+/// How many periods have passed by then, since whenever; 0 if they are off.
+std::uint64_t Rtc::periods_until(Moment when) const {
+    using namespace std::chrono;
+    const unsigned rate = memory_[status_a] & status_a_rate;
+    if (rate == 0)
+        return 0;
+    const unsigned shift = rate < 3 ? rate + 6 : rate - 1; // the two fastest are those of 8 and 9
+    const auto whole = floor<seconds>(when.time_since_epoch());
+    const microseconds rest = when.time_since_epoch() - whole;
+    const std::uint64_t ticks = static_cast<std::uint64_t>(whole.count()) * time_base_hz +
+                                static_cast<std::uint64_t>(rest.count()) * time_base_hz / 1'000'000;
+    return ticks >> shift;
+}
+
+/// Whether the alarm's time has come after the one and until the other.
+bool Rtc::alarm_in(std::chrono::sys_seconds after, std::chrono::sys_seconds until) const {
+    using namespace std::chrono;
+    const auto matches = [this](std::uint8_t alarm, std::uint8_t value) {
+        return (memory_.at(alarm) & alarm_any) == alarm_any || memory_.at(alarm) == value;
+    };
+    after = std::max(after, until - days(1)); // by then it has come, if it is a time at all
+    while (after < until) {
+        after += seconds(1);
+        const hh_mm_ss time{after - floor<days>(after)};
+        if (matches(seconds_alarm, encode(static_cast<unsigned>(time.seconds().count()))) &&
+            matches(minutes_alarm, encode(static_cast<unsigned>(time.minutes().count()))) &&
+            matches(hours_alarm, encode_hours(static_cast<unsigned>(time.hours().count()))))
+            return true;
+    }
+    return false;
 }
 
 std::uint8_t Rtc::encode(unsigned value) const {

@@ -256,9 +256,7 @@ bool Serial::loopback() const {
 }
 
 void Serial::update_interrupt() {
-    // On a PC, OUT2 connects the interrupt pin to its IRQ; loopback disconnects OUT2 from its pin.
-    const bool connected = (modem_control_ & modem_control_out2) != 0 && !loopback();
-    const bool level = connected && interrupt_cause() != cause_none;
+    const bool level = interrupt_cause() != cause_none;
     if (level == interrupt_level_)
         return;
     interrupt_level_ = level;

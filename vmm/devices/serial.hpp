@@ -4,8 +4,9 @@
 // A byte written is transmitted at once, so the transmitter is always empty again when the guest looks.
 // A byte received below the FIFO's trigger level is reported as "character timeout" at once, instead of four
 // character times later. The divisor and the word format are kept for reading back and have no other effect.
-// Parity, framing and break errors cannot happen on a line that does not exist; overruns can, in loopback
-// mode.
+// On a PC, OUT2 connects the interrupt pin to its IRQ; here, as in QEMU, it always is: kernels were written
+// that leave OUT2 alone. Parity, framing and break errors cannot happen on a line that does not exist;
+// overruns can, in loopback mode.
 #pragma once
 
 #include "vmm/devices/interrupt_line.hpp"

@@ -301,6 +301,7 @@ void Vm::create_interrupt_controllers() {
     kvm_pit_config pit{};
     pit.flags = KVM_PIT_SPEAKER_DUMMY; // port 0x61 belongs to it: channel 2's gate and output
     must(file_, "KVM_CREATE_PIT2", KVM_CREATE_PIT2, &pit);
+    leave_as_a_bios_does();
     // A PIT that makes up for lost ticks is let go of by a grace period of KVM's, 13 ms of waiting, most of
     // what a small guest's run takes. It is waited for now, beside what comes before the first run, and not
     // when the VM ends. All signals are for other threads.
@@ -312,6 +313,27 @@ void Vm::create_interrupt_controllers() {
         (void)::ioctl(fd, KVM_REINJECT_CONTROL, &off); // if it fails, all there is is the wait at the end
     });
     (void)::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+void Vm::leave_as_a_bios_does() {
+    kvm_pit_state2 pit{};
+    must(file_, "KVM_GET_PIT2", KVM_GET_PIT2, &pit);
+    kvm_pit_channel_state& clock = pit.channels[0];
+    clock.mode = 3;                                           // square wave
+    clock.rw_mode = clock.read_state = clock.write_state = 3; // low byte, then high byte
+    clock.count = 0x10000;                                    // 18.2 Hz
+    clock.gate = 1;
+    must(file_, "KVM_SET_PIT2", KVM_SET_PIT2, &pit);
+    const auto set_pic = [this](std::uint32_t chip_id, std::uint8_t first_vector) {
+        kvm_irqchip chip{};
+        chip.chip_id = chip_id;
+        must(file_, "KVM_GET_IRQCHIP", KVM_GET_IRQCHIP, &chip);
+        chip.chip.pic.irq_base = first_vector;
+        chip.chip.pic.imr = 0xff;
+        must(file_, "KVM_SET_IRQCHIP", KVM_SET_IRQCHIP, &chip);
+    };
+    set_pic(KVM_IRQCHIP_PIC_MASTER, 0x08);
+    set_pic(KVM_IRQCHIP_PIC_SLAVE, 0x70);
 }
 
 Vcpu Vm::create_vcpu(unsigned id) {
