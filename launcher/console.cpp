@@ -2,14 +2,17 @@
 
 #include "vmm/error.hpp"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/signalfd.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
+#include <climits>
 #include <csignal>
 #include <cstdint>
 #include <cstring>
@@ -66,7 +69,8 @@ void GuestOutput::write(std::span<const char> text) {
     while (!text.empty() && failure_.empty() && fd_ >= 0) {
         if (!writable())
             continue;
-        const ssize_t written = ::write(fd_, text.data(), text.size());
+        // What poll() promises of a pipe: more would wait for the reader, and past the time limit.
+        const ssize_t written = ::write(fd_, text.data(), std::min<std::size_t>(text.size(), PIPE_BUF));
         if (written >= 0)
             text = text.subspan(static_cast<std::size_t>(written));
         else if (errno != EINTR && errno != EAGAIN)
@@ -96,7 +100,8 @@ void GuestOutput::search(std::span<const char> text) {
 // --- Attendant
 
 Attendant::Attendant(RunControl& control, Config config)
-    : control_(control), terminal_(config.input ? STDIN_FILENO : -1), input_(config.input) {
+    : control_(control), terminal_(config.input ? STDIN_FILENO : -1),
+      input_(config.input ? File(::fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 0)) : File()) {
     const sigset_t signals = attended_signals();
     (void)::pthread_sigmask(SIG_BLOCK, &signals, &signals_before_);
     signals_ = checked(::signalfd(-1, &signals, SFD_CLOEXEC), "signalfd");
@@ -127,7 +132,7 @@ void Attendant::attend() {
             {quit_.get(), POLLIN, 0},
             {signals_.get(), POLLIN, 0},
             {timer_.get(), POLLIN, 0}, // -1 where there is no timeout: poll ignores it
-            {input_ ? STDIN_FILENO : -1, POLLIN, 0},
+            {input_.get(), POLLIN, 0}, // -1
         }};
         // A guest that waits without an exit leaves what it has just printed unseen.
         constexpr int flush_interval_ms = 50;
@@ -145,8 +150,8 @@ void Attendant::attend() {
             (void)!::read(timer_.get(), &expirations, sizeof(expirations));
             control_.time_out();
         }
-        if (events[3].revents != 0)
-            input_ = read_input();
+        if (events[3].revents != 0 && !read_input())
+            input_ = SharedInput();
     }
 }
 
@@ -173,7 +178,7 @@ void Attendant::handle_signal() {
 /// False at the end of the input.
 bool Attendant::read_input() {
     std::array<char, 256> buffer{};
-    const ssize_t got = ::read(STDIN_FILENO, buffer.data(), buffer.size());
+    const ssize_t got = input_.read(buffer.data(), buffer.size());
     if (got > 0)
         control_.input({buffer.data(), static_cast<std::size_t>(got)});
     return got > 0 || (got < 0 && (errno == EINTR || errno == EAGAIN));

@@ -2,6 +2,7 @@
 // waits for.
 #pragma once
 
+#include "launcher/shared_input.hpp"
 #include "vmm/devices/output.hpp"
 #include "vmm/kvm/file.hpp"
 #include "vmm/run_control.hpp"
@@ -83,7 +84,7 @@ class Attendant {
 
     RunControl& control_;
     GuestTerminal terminal_;
-    bool input_;
+    SharedInput input_; ///< none: there is none, or it has ended
     sigset_t signals_before_{};
     File signals_, timer_, quit_;
     std::thread thread_;

@@ -3,17 +3,19 @@
 #include "vmm/debug/listener.hpp"
 #include "vmm/error.hpp"
 
+#include <elf.h>
 #include <spawn.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <optional>
+#include <string_view>
 #include <thread>
 #include <utility>
 
@@ -110,20 +112,26 @@ class GdbProcess {
     std::thread waiter_;
 };
 
-/// The end of gdb, which interrupts the run, is no failure.
-int exit_code_of(int code) {
-    return code == static_cast<int>(ExitCode::interrupted) ? 0 : code;
+/// RunOptions::gdb_arch for a gdb that is given this file: x86-64 if it is a 64-bit ELF, otherwise empty.
+std::string arch_of(const std::string& file) {
+    std::array<char, EI_NIDENT> ident{};
+    std::ifstream(file, std::ios::binary).read(ident.data(), ident.size());
+    if (!std::string_view(ident.data(), ident.size()).starts_with(ELFMAG))
+        return {};
+    return ident[EI_CLASS] == ELFCLASS64 ? "x86-64" : "";
 }
 
 } // namespace
 
 int debug_command(DebugOptions options, const std::function<int(const RunOptions&)>& run_elsewhere) {
     options.run.pause = true;
+    if (!options.symbols.empty() && options.run.gdb_arch.empty())
+        options.run.gdb_arch = arch_of(options.symbols);
     options.run.serial_input = false;                              // the terminal is gdb's
     if (std::getenv(GdbListener::inherited_variable) != nullptr) { // gdb is elsewhere
         options.run.gdb = "0";                                     // wherever it is
         options.run.debugger_ready = [](const std::string&, const std::function<void()>&) {};
-        return exit_code_of(run_command(options.run));
+        return run_command(options.run);
     }
     const PrivateFolder folder;
     const std::filesystem::path script = folder.path() / "umbra.py";
@@ -143,7 +151,7 @@ int debug_command(DebugOptions options, const std::function<int(const RunOptions
     };
     const int code = run_elsewhere ? run_elsewhere(options.run) : run_command(options.run);
     gdb.wait();
-    return exit_code_of(code);
+    return code;
 }
 
 } // namespace umbra

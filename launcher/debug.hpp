@@ -16,8 +16,8 @@ struct DebugOptions {
 };
 
 /// Starts the guest, stopped before its first instruction, and gdb, which has the terminal. The guest goes
-/// when gdb does. Returns the process's exit code: that of the guest's run if it came to its end, otherwise
-/// 0. StartupError if it cannot be started.
+/// when gdb does. Returns the process's exit code, which is that of the guest's run: ExitCode::interrupted if
+/// gdb was its end. StartupError if it cannot be started.
 ///
 /// `run_elsewhere`: runs the guest in place of run_command(), on an emulated host, with RunOptions::gdb and
 /// RunOptions::debugger_ready as they are for run_command().

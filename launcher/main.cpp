@@ -225,6 +225,12 @@ void add_guest_options(CLI::App* run, RunOptions& options) {
     run->add_option("--core-on-failure", options.core_on_failure,
                     "Write the memory and registers of a guest that does not pass to a file that gdb opens")
         ->type_name("FILE");
+    run->add_option(
+           "--gdb-arch", options.gdb_arch,
+           "Whose registers gdb and LLDB are told of [x86-64 for a 64-bit ELF, else as the CPU's mode]")
+        ->check(CLI::IsMember({"i386", "x86-64"}))
+        ->type_name("ARCH")
+        ->group("Debugging");
     add_loader_options(*run, options);
     add_platform_options(*run, options);
     add_shadow_options(*run, options);

@@ -370,6 +370,17 @@ void write_result(const RunOptions& options, const File& file, const Json& resul
     }
 }
 
+/// The width of registers that the debugger's client is told of. A 64-bit ELF is debugged as 64-bit code from
+/// the first instruction, although boot loaders enter it in 32-bit mode: gdb takes one width when it
+/// connects, and refuses one that is not that of the file. What else there may be stays as it is until it
+/// changes.
+std::optional<TargetWidth> target_width(const RunOptions& options, std::span<const std::byte> kernel) {
+    if (!options.gdb_arch.empty())
+        return options.gdb_arch == "i386" ? TargetWidth::bits_32 : TargetWidth::bits_64;
+    const KernelFile file = read_kernel_file(kernel);
+    return file.elf && file.elf->is_64_bit ? std::optional(TargetWidth::bits_64) : std::nullopt;
+}
+
 /// What every run of the guest begins with, and what outlives a reset by the debugger.
 struct Session {
     Session(const RunOptions& run_options, int serial_fd)
@@ -403,9 +414,10 @@ void serve_debugger(Session& session) {
     if (!listener)
         listener.emplace(GdbAddress::parse(options.gdb));
     session.server.emplace(std::move(*listener), [&session] { session.control.debugger_calls(); });
-    session.debugger.emplace(
-        *session.server, session.symbols,
-        GdbSession::Config{.pause = options.pause, .leave_with_client = options.debugger_ready != nullptr});
+    session.debugger.emplace(*session.server, session.symbols,
+                             GdbSession::Config{.pause = options.pause,
+                                                .leave_with_client = options.debugger_ready != nullptr,
+                                                .width = target_width(options, session.files.kernel())});
     const std::string& address = session.server->address();
     if (options.debugger_ready)
         options.debugger_ready(address, [&session] { session.control.interrupt(); });

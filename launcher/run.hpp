@@ -44,6 +44,7 @@ struct RunOptions {
     StatsFormat stats = StatsFormat::none;
     bool end_stuck = false; ///< MonitorOptions::end_stuck, NativeEngine's
     std::string gdb;        ///< where to serve a debugger: GdbAddress::parse; empty: nowhere
+    std::string gdb_arch;   ///< i386, x86-64, or empty: as the kernel's file
     bool pause = false;     ///< wait for the debugger before the first instruction
     bool qemu_exit = false;
     std::string result; ///< file for how the run ended, as one JSON object (see run_command); empty: none

@@ -61,7 +61,7 @@ Relay::Relay(File line, Handler handler) : line_(std::move(line)), handler_(std:
 
 void Relay::join(std::uint8_t channel, File from, File to) {
     channels_[channel] = Channel();
-    channels_[channel].from = std::move(from);
+    channels_[channel].from = SharedInput(std::move(from));
     channels_[channel].to = std::move(to);
 }
 
@@ -75,7 +75,7 @@ void Relay::end_reading(std::uint8_t number) {
     Channel& channel = channels_[number];
     if (channel.from.get() >= 0)
         say(Say::end, number);
-    channel.from = File();
+    channel.from = SharedInput();
     if (channel.socket)
         channel.to = File();
 }
@@ -91,7 +91,7 @@ void Relay::read_from(std::uint8_t number) {
     Channel& channel = channels_[number];
     std::array<char, read_size> buffer{};
     const std::size_t most = std::min(buffer.size(), channel.may_send);
-    const ssize_t count = ::read(channel.from.get(), buffer.data(), most);
+    const ssize_t count = channel.from.read(buffer.data(), most);
     channel.idle = count < 0 && errno == EAGAIN;
     if (count > 0) {
         channel.may_send -= static_cast<std::size_t>(count);
@@ -190,7 +190,7 @@ void Relay::take(Say what, std::uint8_t number, std::string_view payload) {
             end_writing(number);
         return;
     case Say::deaf: // whoever wrote to it shall notice
-        channel.from = File();
+        channel.from = SharedInput();
         if (channel.socket)
             channel.to = File();
         return;

@@ -5,6 +5,7 @@
 // It needs nothing but the C++ library, for it is linked into a small static program too.
 #pragma once
 
+#include "launcher/shared_input.hpp"
 #include "vmm/kvm/file.hpp"
 
 #include <array>
@@ -86,7 +87,8 @@ class Relay {
     static constexpr std::size_t window = std::size_t{64} << 10;
 
     struct Channel {
-        File from, to;
+        SharedInput from;
+        File to;
         bool socket = false;           ///< the two are one
         bool idle = false;             ///< `from` had nothing to read when it was last looked at
         bool peer_ended = false;       ///< close `to` when all has been written

@@ -223,6 +223,7 @@ constexpr std::array taken_options{
     TakenOption{"--log-level", ""},
     TakenOption{"--display", ""},
     TakenOption{"--gdb", ""},
+    TakenOption{"--gdb-arch", ""},
     TakenOption{"--pause", ""},
     TakenOption{"--result", ""},
     TakenOption{"--end-stuck", ""},

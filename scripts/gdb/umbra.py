@@ -7,6 +7,11 @@ import re
 
 import gdb
 
+try:
+    import gdb.disassembler
+except ImportError:  # gdb 12
+    pass
+
 EVENTS = (
     "de db nmi bp of br ud nm df ts np ss gp pf mf ac mc xm cr3 msr msr= vector= triple"
 ).split()
@@ -210,6 +215,7 @@ class Reset(Command):
     def answer(self, arguments):
         text = super().answer(arguments)
         gdb.execute("maintenance flush register-cache", to_string=True)
+        read_description()
         return text
 
 
@@ -227,6 +233,63 @@ class Physical(gdb.Function):
         return gdb.Value(int(found.group(1), 16))
 
 
+def read_description():
+    """Asks umbra anew which registers there are: it tells those of the guest's mode, unless it was told otherwise."""
+    if not gdb.parameter("tdesc filename"):  # the user's own
+        gdb.execute("unset tdesc filename", to_string=True)
+
+
+def follow_into_64_bit_code(_event):
+    """A kernel whose file is 32-bit has gone on to 64-bit code: all of its registers are to be seen."""
+    try:
+        frame = gdb.newest_frame()
+        if frame.architecture().name() == "i386" and int(frame.read_register("code_bits")) == 64:
+            read_description()
+    except (gdb.error, ValueError):  # no guest of umbra's
+        pass
+
+
+def architectures(*names):
+    """gdb's view of these architectures, which it has of that of an inferior only."""
+    found = {}
+    chosen, home = gdb.parameter("architecture"), gdb.selected_inferior().num
+    gdb.execute("add-inferior -no-connection", to_string=True)
+    guise = gdb.inferiors()[-1] if gdb.inferiors()[-1].num != home else gdb.inferiors()[0]
+    try:
+        gdb.execute("with suppress-cli-notifications on -- inferior %d" % guise.num, to_string=True)
+        for name in names:
+            gdb.execute("set architecture " + name, to_string=True)
+            found[name] = guise.architecture()
+        gdb.execute("set architecture " + (chosen or "auto"), to_string=True)
+    finally:
+        gdb.execute("with suppress-cli-notifications on -- inferior %d" % home, to_string=True)
+        gdb.execute("remove-inferiors %d" % guise.num, to_string=True)
+    return found
+
+
+if hasattr(gdb, "disassembler"):
+
+    class OldCode(gdb.disassembler.Disassembler):
+        """Code of a 64-bit kernel that is not in 64-bit mode yet: of which addresses, only the CPU's mode tells."""
+
+        def __init__(self):
+            super().__init__("umbra")
+            known = architectures("i386", "i8086")
+            self.by_bits = {32: known["i386"], 16: known["i8086"]}
+
+        def __call__(self, info):
+            try:
+                bits = int(gdb.newest_frame().read_register("code_bits"))
+            except (gdb.error, ValueError):
+                return None
+            if bits not in self.by_bits or info.address >> 32 != 0:
+                return None
+            instruction = self.by_bits[bits].disassemble(info.address)[0]
+            return gdb.disassembler.DisassemblerResult(instruction["length"], instruction["asm"])
+
+    gdb.disassembler.register_disassembler(OldCode(), "i386:x86-64")
+
+gdb.events.stop.connect(follow_into_64_bit_code)
 Umbra()
 for command in (Translate, VirtualToPhysical, PhysicalToVirtual, WatchPhysical, UnwatchPhysical):
     command(gdb.COMPLETE_EXPRESSION)

@@ -124,7 +124,7 @@ TEST_F(EmulatedHostTest, GdbConnectsFromOutside) {
     const Ended debugged = run_umbra({"debug", "--command", "break work", "--command", "continue",
                                       "--command", "kill", "--command", "quit", kernel});
     EXPECT_THAT(debugged.out, HasSubstr("Breakpoint 1, work (round=round@entry=0)")) << debugged;
-    EXPECT_EQ(debugged.exit_code, 0) << debugged;
+    EXPECT_EQ(debugged.exit_code, 130) << debugged;
 }
 
 TEST_F(EmulatedHostTest, ThatGoesDownIsNoPass) {

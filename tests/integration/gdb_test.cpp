@@ -21,6 +21,14 @@ class GdbTest : public KvmTest {
             UMBRA_MISSING("gdb is not installed");
     }
 
+    /// As gdb wants it in a session without the kernel's file: "*0x100000".
+    static std::string place(const std::string& guest, const std::string& symbol) {
+        return '*' + Child({program_file("gdb"), "-q", "-nx", "-batch", "-ex", "output/x (long)&" + symbol,
+                            guest_file(guest)})
+                         .end()
+                         .out;
+    }
+
     TemporaryFolder folder_;
 };
 
@@ -74,6 +82,157 @@ TEST_F(GdbTest, LooksAroundFromTheFirstInstruction) {
             {"detach", R"(^\[Inferior 1 \(.*\) detached\]$)"},
         });
     guest.expect_pass();
+}
+
+// --- Kernels that change the mode
+
+/// gdb takes the width of registers when it connects, and refuses one that is not that of its file.
+TEST_F(GdbTest, FollowsSixtyFourBitKernelsIntoLongMode) {
+    struct Way {
+        std::string protocol, file;
+    };
+    for (const Way& way : std::vector<Way>{
+             {"multiboot1", "climb"}, {"multiboot2", "climb"}, {"pvh", "climb"}, {"multiboot1", ""}}) {
+        SCOPED_TRACE(way.protocol + (way.file.empty() ? ", no file" : ""));
+        const std::string low = way.file.empty() ? place("climb", "low_code") : "low_code",
+                          high = way.file.empty() ? place("climb", "high_code") : "high_code";
+        Debugged guest("climb", {.options = {"--protocol", way.protocol}});
+        std::vector<Exchange> session{
+            {"show architecture", R"(i386:x86-64"\)\.$)"},
+            {"p $code_bits", "= 32$"},
+            {"break " + low + " if $esi == 0x55667788", "^Breakpoint 1 at 0x10"},
+            {"break " + high + " if $rcx == 0x11223344", "^Breakpoint 2 at 0xffffffff801"},
+            {"continue", "^Breakpoint 1, "},
+            {"p/x $rcx", "= 0x11223344$"},
+            {"p/x $esi", "= 0x55667788$"},
+            {"p $efer", "= \\[ \\]$"},
+            {"x/wx $rsp", "\t0x00001234$"},
+            {"stepi", "\t|^0x"},
+            {"p/x $rcx", "= 0x11223345$"}, // INC ECX, which in 64-bit code is a prefix
+            {"set var $rcx = $ecx", ""},
+            {"continue", "^Breakpoint 2, "},
+            {"p $code_bits", "= 64$"},
+            {"p $efer", "LME LMA"},
+            {"p/x $rsi", "= 0x55667788$"},
+            {"stepi 6", "\t|^0x"},
+            {"p/x $r15", "= 0x123456789abcdef$"},
+        };
+        if (!way.file.empty()) {
+            session.push_back({"break climbed", "^Breakpoint 3 at "});
+            session.push_back({"continue", R"(^Breakpoint 3, .*climbed \(height=3\))"});
+            session.push_back({"bt", R"(climb_main \(\)[^]*^#2 .* in high_code \(\))"});
+        }
+        session.push_back({"continue", "exited normally"});
+        run_gdb(guest, way.file, session);
+        guest.expect_pass();
+    }
+}
+
+/// A 32-bit file stays 32-bit for gdb, until it asks again.
+TEST_F(GdbTest, FollowsThirtyTwoBitKernelsIntoLongMode) {
+    const Debugged::Setup told{.options = {"--gdb-arch", "x86-64"}};
+    for (const std::string file : {"long_way", "climb", ""}) { // the second: of the other kind
+        SCOPED_TRACE(file);
+        const std::string walk = place("long_way", "walk_through_64_bit_code");
+        Debugged guest("long_way");
+        run_gdb(guest, file,
+                {
+                    {"show architecture", R"("i386"\)\.$)"},
+                    {"p $code_bits", "= 32$"},
+                    {"x/i $eip", "\tmov +\\$0x[0-9a-f]+,%esp$"},
+                    {"break " + walk + " if *(int*)($esp + 4) == 100 && $esp > $eip", "^Breakpoint 1 at "},
+                    {"continue", "^Breakpoint 1, "},
+                    {"p *(int*)($esp + 4)", "= 100$"},
+                    {"stepi 8", "\t|^0x"},
+                    {"p $code_bits", "= 64$"},
+                    {"unset tdesc filename", ""},
+                    {"show architecture", R"(i386:x86-64"\)\.$)"},
+                    {"stepi 3", "\t|^0x"},
+                    {"p/x $r8", "= 0x6400000000$"},
+                    {"x/i $rip", "lea +\\(%r8,%r8,2\\),%r15$"},
+                    {"delete", ""},
+                    {"continue", "exited normally"},
+                });
+        guest.expect_pass();
+
+        Debugged wide("long_way", told);
+        run_gdb(wide, file,
+                {
+                    {"show architecture", R"(i386:x86-64"\)\.$)"},
+                    {"break " + walk, "^Breakpoint 1 at "},
+                    {"continue", "^Breakpoint 1, "},
+                    {"p *(int*)($rsp + 4)", "= 1$"},
+                    {"stepi 11", "\t|^0x"},
+                    {"p/x $r8", "= 0x100000000$"},
+                    {"delete", ""},
+                    {"continue", "exited normally"},
+                });
+        wide.expect_pass();
+    }
+}
+
+/// Of gdb's numbers of registers, those of the description are meant.
+TEST_F(GdbTest, ConditionsOnThirtyTwoBitRegisters) {
+    const std::string low = place("climb", "low_code"), next = low + " + 1";
+    Debugged guest("climb", {.options = {"--gdb-arch", "i386"}});
+    run_gdb(guest, "",
+            {
+                {"break " + low + " if $ecx != 0x11223344 || $esi != 0x55667788", "^Breakpoint 1 at "},
+                {"break " + next + " if $ecx == 0x11223345 && $esi == 0x55667788", "^Breakpoint 2 at "},
+                {"continue", "^Breakpoint 2, "},
+                {"delete", ""},
+                {"continue", "exited normally"},
+            });
+    guest.expect_pass();
+}
+
+// --- umbra debug
+
+/// gdb decodes by the description, which does not change before the guest's first 64-bit code: its script
+/// does.
+TEST_F(GdbTest, DebugKnowsTheMode) {
+    std::vector<std::string> arguments{"debug", "--log-level", "warning"};
+    const auto say = [&arguments](const std::string& command) {
+        arguments.insert(arguments.end(), {"--command", command});
+    };
+    for (const char* command : {"set style enabled off", "set width 0", "break low_code", "break high_code",
+                                "continue", "x/2i $pc", "continue", "x/i $pc", "continue"})
+        say(command);
+    arguments.push_back(guest_file("climb"));
+    const Ended climb = run_umbra(arguments);
+    EXPECT_EQ(climb.exit_code, 0) << climb;
+    EXPECT_NE(climb.out.find("<_start+20>:\tinc    %ecx\n"), std::string::npos) << climb;
+    EXPECT_NE(climb.out.find("<_start+21>:\tdec    %ecx\n"), std::string::npos) << climb;
+    EXPECT_NE(climb.out.find("<high_code>:\txor    %eax,%eax\n"), std::string::npos) << climb;
+    EXPECT_NE(climb.out.find("exited normally"), std::string::npos) << climb;
+    EXPECT_EQ(climb.out.find("Switching to inferior"), std::string::npos) << climb;
+
+    arguments = {"debug", "--log-level", "warning"};
+    for (const char* command :
+         {"break walk_through_64_bit_code", "continue", "show architecture", "bt", "stepi 11",
+          "show architecture", "p/x $r8", "umbra reset", "p $eip == _start", "kill"})
+        say(command);
+    arguments.push_back(guest_file("long_way"));
+    const Ended way = run_umbra(arguments);
+    EXPECT_EQ(way.exit_code, 130) << way;
+    for (const char* said : {"currently \"i386\"", " in kernel_main (", "currently \"i386:x86-64\"",
+                             "= 0x100000000\n", "$2 = 1\n"})
+        EXPECT_NE(way.out.find(said), std::string::npos) << "not '" << said << "': " << way;
+
+    // The symbols' file is gdb's.
+    const Ended other = run_umbra({"debug", "--symbols", guest_file("climb"), "--command",
+                                   "show architecture", "--command", "kill", guest_file("long_way")});
+    EXPECT_NE(other.out.find("currently \"i386:x86-64\""), std::string::npos) << other;
+}
+
+/// A guest that did not come to its end has not passed, whatever the debugger's reasons.
+TEST_F(GdbTest, DebugTellsOfGuestsThatDidNotEnd) {
+    for (const char* command : {"kill", "detach", "disconnect", "quit", "python import os; os.abort()"}) {
+        const Ended ended = run_umbra({"debug", "--command", command, guest_file("hello")});
+        EXPECT_EQ(ended.exit_code, 130) << command << ": " << ended;
+    }
+    EXPECT_EQ(run_umbra({"debug", "--command", "continue", guest_file("hello")}).exit_code, 0);
+    EXPECT_EQ(run_umbra({"debug", "--command", "continue", guest_file("fail")}).exit_code, 1);
 }
 
 // --- Steps

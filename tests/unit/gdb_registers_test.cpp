@@ -82,6 +82,8 @@ struct Guest {
             segment->selector = selector;
             selector = static_cast<std::uint16_t>(selector + 8);
         }
+        cpu.cs.long_mode = wide;
+        cpu.cs.default_32 = !wide;
         cpu.cpl = 2;
         cpu.fs.base = high + 0xf000;
         cpu.gs.base = high + 0x6000;
@@ -211,6 +213,8 @@ TEST_P(GdbRegisters, DescriptionIsWellFormed) {
     const std::string xml = registers.target_xml();
     EXPECT_TRUE(xml.starts_with("<?xml version=\"1.0\"?>\n<!DOCTYPE target SYSTEM \"gdb-target.dtd\">"));
     EXPECT_NE(xml.find(wide() ? "<architecture>i386:x86-64<" : "<architecture>i386<"), std::string::npos);
+    // gdb takes what it is told also with a file of the other kind.
+    EXPECT_NE(xml.find(wide() ? "<compatible>i386<" : "<compatible>i386:x86-64<"), std::string::npos);
     // Elements are closed in the order in which they were opened.
     std::vector<std::string> open;
     std::set<std::string> types{"int",      "int32", "int64", "uint128",     "data_ptr",   "code_ptr",
@@ -272,8 +276,9 @@ TEST_P(GdbRegisters, NamesAndOrder) {
     EXPECT_EQ(named.of("fs_base").feature, segments);
     EXPECT_EQ(named.of("gs_base").feature, segments);
     EXPECT_EQ(named.has("k_gs_base"), wide());
-    for (const char* name : {"cr0", "cr2", "cr3", "cr4", "cr8", "efer", "ldtr", "tr", "gdtr_base",
-                             "gdtr_limit", "idtr_base", "idtr_limit", "dr0", "dr3", "dr6", "dr7", "cpl"}) {
+    for (const char* name :
+         {"cr0", "cr2", "cr3", "cr4", "cr8", "efer", "ldtr", "tr", "gdtr_base", "gdtr_limit", "idtr_base",
+          "idtr_limit", "dr0", "dr3", "dr6", "dr7", "code_bits", "cpl"}) {
         EXPECT_EQ(named.of(name).feature, "org.umbra.system") << name;
         EXPECT_EQ(named.of(name).group, "system") << name;
         EXPECT_FALSE(named.of(name).saved) << name; // gdb does not set it around calls of functions
@@ -322,6 +327,7 @@ TEST_P(GdbRegisters, Values) {
     is("dr3", 0x4003, word);
     is("dr6", 0xffff'0ff0, word);
     is("dr7", 0x400, word);
+    is("code_bits", wide() ? 64 : 32, 8);
     is("cpl", 2, 8);
     is("fctrl", 0x27f, 8);
     is("fstat", 0x3800, 8);
@@ -372,7 +378,7 @@ TEST_P(GdbRegisters, WhatWasReadCanBeWritten) {
 TEST_P(GdbRegisters, EachRegisterIsWrittenAlone) {
     const std::set<std::string> read_only{
         "cs",        "ss",         "ds",  "es",  "fs",  "gs",  "ldtr", "tr",  "gdtr_base", "gdtr_limit",
-        "idtr_base", "idtr_limit", "dr0", "dr1", "dr2", "dr3", "dr6",  "dr7", "cpl"};
+        "idtr_base", "idtr_limit", "dr0", "dr1", "dr2", "dr3", "dr6",  "dr7", "code_bits", "cpl"};
     // What differs from the value that the guest has, where not every change is allowed.
     const std::map<std::string, std::uint64_t> others{
         {"cr0", cr0::pg | cr0::ne | cr0::et | cr0::ts | cr0::pe},
@@ -569,6 +575,44 @@ TEST(GdbRegistersNarrow, HighHalvesOfALongModeGuest) {
     EXPECT_EQ(named.guest.cpu.rip, Guest(TargetWidth::bits_64).cpu.rip);
     EXPECT_TRUE(named.write("eax", 0x1234)); // as MOV to EAX does
     EXPECT_EQ(named.guest.cpu[Gpr::rax], 0x1234U);
+}
+
+/// A 64-bit kernel before it is in long mode, and 32-bit code under it.
+TEST(GdbRegistersWide, ThirtyTwoBitCode) {
+    for (const bool compatibility : {false, true}) {
+        Named named(TargetWidth::bits_64);
+        VirtualCpu& cpu = named.guest.cpu;
+        cpu.cs.long_mode = false;
+        cpu.cs.default_32 = true;
+        if (!compatibility)
+            cpu.efer = 0;
+        EXPECT_EQ(named.read("code_bits"), "20000000");
+        EXPECT_EQ(named.read("rax"), digits_of(0x89ab'cd00, 16));
+        EXPECT_EQ(named.read("rdi"), digits_of(0x89ab'cd00 + static_cast<unsigned>(Gpr::rdi), 16));
+        EXPECT_EQ(named.read("r8"), digits_of(0x0123'4567'89ab'cd08, 16));
+        EXPECT_EQ(named.set().value(named.of("rax").number, cpu), 0x89ab'cd00U);
+        const auto before = cpu.gpr;
+        EXPECT_TRUE(named.write("rax", named.read("rax"))); // whole, as it is not written
+        EXPECT_EQ(cpu.gpr, before);
+        EXPECT_TRUE(named.write("rax", 0x1'0000'0007)); // as MOV to EAX does
+        EXPECT_EQ(cpu[Gpr::rax], 7U);
+        cpu.cs.default_32 = false;
+        EXPECT_EQ(named.read("code_bits"), "10000000");
+    }
+}
+
+TEST_P(GdbRegisters, ValuesOfExpressions) {
+    const Named named(GetParam());
+    const auto value = [&](const std::string& name) {
+        return named.set().value(named.of(name).number, named.guest.cpu);
+    };
+    EXPECT_EQ(value(wide() ? "rcx" : "ecx"), named.guest.cpu[Gpr::rcx]); // not of the same number
+    EXPECT_EQ(value(wide() ? "rip" : "eip"), named.guest.cpu.rip);
+    EXPECT_EQ(value("eflags"), named.guest.cpu.rflags);
+    EXPECT_EQ(value("cr3"), named.guest.cpu.cr3);
+    for (const char* name : {"st0", "fctrl", "xmm0", "mxcsr", "ymm0h"})
+        EXPECT_EQ(value(name), std::nullopt) << name;
+    EXPECT_EQ(named.set().value(named.set().count(), named.guest.cpu), std::nullopt);
 }
 
 TEST_P(GdbRegisters, Selectors) {

@@ -49,19 +49,7 @@ class Registers final : public AgentContext {
     explicit Registers(Debugger& debugger) : debugger_(debugger) {}
 
     std::optional<std::uint64_t> read_register(unsigned number) override {
-        const VirtualCpu& cpu = debugger_.cpu();
-        // gdb's order of the core registers of amd64 (gdb/features/i386/64bit-core.xml).
-        constexpr std::array order{Gpr::rax, Gpr::rbx, Gpr::rcx, Gpr::rdx, Gpr::rsi, Gpr::rdi,
-                                   Gpr::rbp, Gpr::rsp, Gpr::r8,  Gpr::r9,  Gpr::r10, Gpr::r11,
-                                   Gpr::r12, Gpr::r13, Gpr::r14, Gpr::r15};
-        if (number < order.size())
-            return cpu[order[number]];
-        constexpr unsigned rip = 16, eflags = 17;
-        if (number == rip)
-            return cpu.rip;
-        if (number == eflags)
-            return cpu.rflags;
-        return std::nullopt;
+        return debugger_.frontend().read_register(number);
     }
     bool read_memory(GuestVirt at, std::span<std::byte> into) override {
         return debugger_.read(at, into) == into.size();

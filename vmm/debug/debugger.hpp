@@ -102,6 +102,8 @@ class DebugFrontend {
     /// The guest waits for a client before its first instruction.
     [[nodiscard]] virtual bool wants_pause() const = 0;
     virtual void ended(const Verdict& verdict) = 0;
+    /// By the client's numbers, of its expressions; nothing: no such register, or one of more than 64 bits.
+    [[nodiscard]] virtual std::optional<std::uint64_t> read_register(unsigned number) const = 0;
     /// Shown by the client, if it is one that can, while the guest runs.
     virtual void print(std::string_view text) = 0;
 };

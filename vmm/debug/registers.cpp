@@ -1,10 +1,10 @@
 #include "vmm/debug/registers.hpp"
 
+#include "vmm/debug/operands.hpp"
 #include "vmm/debug/packet.hpp"
 
 #include <array>
 #include <cstring>
-#include <optional>
 
 #include <fmt/core.h>
 
@@ -85,13 +85,22 @@ void get_limit(const CpuView& view, std::size_t, std::span<std::byte> out) {
     put(out, (view.cpu.*Table).limit);
 }
 
+/// 32-bit code has eight, of 32 bits: what long mode has left above is not theirs.
+std::uint64_t gpr_mask(const VirtualCpu& cpu, std::size_t index) {
+    constexpr std::size_t legacy_gprs = 8;
+    return index < legacy_gprs && code_mode(cpu) != CodeMode::bits_64 ? 0xffff'ffff : ~std::uint64_t{0};
+}
 void get_gpr(const CpuView& view, std::size_t index, std::span<std::byte> out) {
-    put(out, view.cpu.gpr.at(index));
+    put(out, view.cpu.gpr.at(index) & gpr_mask(view.cpu, index));
 }
 bool set_gpr(const CpuEdit& edit, std::size_t index, Bytes in) {
-    edit.cpu.gpr.at(index) = take(in);
+    edit.cpu.gpr.at(index) = take(in) & gpr_mask(edit.cpu, index);
     return true;
 }
+void get_code_bits(const CpuView& view, std::size_t, std::span<std::byte> out) {
+    put(out, std::uint64_t{16} << static_cast<unsigned>(code_mode(view.cpu)));
+}
+
 void get_dr(const CpuView& view, std::size_t index, std::span<std::byte> out) {
     put(out, view.cpu.dr.at(index));
 }
@@ -343,14 +352,16 @@ RegisterSet::RegisterSet(TargetWidth width, bool avx) : width_(width) {
         add(fmt::format("dr{}", i), word, "data_ptr", group, get_dr, nullptr, i);
     add("dr6", word, integer, group, get_cpu<&VirtualCpu::dr6>, nullptr);
     add("dr7", word, integer, group, get_cpu<&VirtualCpu::dr7>, nullptr);
+    add("code_bits", 32, "int32", group, get_code_bits, nullptr);
     add("cpl", 32, "int32", group, get_cpu<&VirtualCpu::cpl>, nullptr);
 }
 
 std::string RegisterSet::target_xml() const {
     const bool wide = width_ == TargetWidth::bits_64;
     std::string text = fmt::format("<?xml version=\"1.0\"?>\n<!DOCTYPE target SYSTEM \"gdb-target.dtd\">\n"
-                                   "<target version=\"1.0\">\n<architecture>{}</architecture>\n",
-                                   wide ? "i386:x86-64" : "i386");
+                                   "<target version=\"1.0\">\n<architecture>{}</architecture>\n"
+                                   "<compatible>{}</compatible>\n",
+                                   wide ? "i386:x86-64" : "i386", wide ? "i386" : "i386:x86-64");
     std::string_view feature;
     for (std::size_t number = 0; number < registers_.size(); ++number) {
         const Register& reg = registers_[number];
@@ -376,6 +387,19 @@ std::string RegisterSet::read(std::size_t number, const CpuView& view) const {
     const auto used = std::span(bytes).first(reg.bits / 8);
     reg.get(view, reg.index, used);
     return to_hex(used);
+}
+
+std::optional<std::uint64_t> RegisterSet::value(std::size_t number, const VirtualCpu& cpu) const {
+    if (number >= registers_.size())
+        return std::nullopt;
+    const Register& reg = registers_[number];
+    const std::string_view group = reg.group == nullptr ? "" : reg.group;
+    std::uint64_t value = 0;
+    if (reg.bits > 8 * sizeof(value) || group == "float" || group == "vector")
+        return std::nullopt;
+    const ExtendedState none;
+    reg.get({cpu, none}, reg.index, std::as_writable_bytes(std::span(&value, 1)).first(reg.bits / 8));
+    return value;
 }
 
 std::string RegisterSet::read_all(const CpuView& view) const {

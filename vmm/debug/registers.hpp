@@ -8,6 +8,8 @@
 #include "vmm/kvm/kvm.hpp"
 
 #include <cstddef>
+#include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -42,6 +44,8 @@ class RegisterSet {
     /// Hexadecimal digits, as the packets g and p want them. Empty if there is no such register.
     [[nodiscard]] std::string read_all(const CpuView& view) const;
     [[nodiscard]] std::string read(std::size_t number, const CpuView& view) const;
+    /// The value of one that is no FPU or vector register; nothing if it is, or there is no such register.
+    [[nodiscard]] std::optional<std::uint64_t> value(std::size_t number, const VirtualCpu& cpu) const;
     /// The frame pointer, stack pointer and program counter, as a stop reply carries them: "06:…;07:…;10:…;".
     [[nodiscard]] std::string expedited(const VirtualCpu& cpu) const;
 

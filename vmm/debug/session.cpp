@@ -257,7 +257,7 @@ std::optional<DebugFrontend::Serve> GdbSession::handle_packet(std::string_view p
             edit_registers([&](const CpuEdit& edit) { return registers_.write_all(arguments.rest(), edit); });
         break;
     case 'p':
-        reply = read_register(arguments);
+        reply = answer_register(arguments);
         break;
     case 'P':
         reply = write_register(arguments);
@@ -348,18 +348,22 @@ std::optional<DebugFrontend::Serve> GdbSession::handle_resume(std::string_view a
 
 // --- Registers
 
-/// gdb takes the width once, when it connects.
+/// When the client connects, and when it reads the description of the registers, after which it means these.
 void GdbSession::set_width() {
     const bool long_mode = (debugger_->cpu().efer & efer::lma) != 0;
-    registers_ = RegisterSet(long_mode ? TargetWidth::bits_64 : TargetWidth::bits_32,
+    registers_ = RegisterSet(config_.width.value_or(long_mode ? TargetWidth::bits_64 : TargetWidth::bits_32),
                              __builtin_cpu_supports("avx") != 0);
+}
+
+std::optional<std::uint64_t> GdbSession::read_register(unsigned number) const {
+    return registers_.value(number, debugger_->cpu());
 }
 
 ExtendedState GdbSession::extended() const {
     return debugger_->vcpu().read_extended().value_or(ExtendedState());
 }
 
-std::string GdbSession::read_register(Cursor arguments) {
+std::string GdbSession::answer_register(Cursor arguments) {
     const auto number = arguments.hex();
     if (!number)
         return bad_packet;
@@ -517,8 +521,11 @@ std::string GdbSession::query(std::string_view payload) {
             "PacketSize={:x};QStartNoAckMode+;qXfer:features:read+;vContSupported+;swbreak+;hwbreak+;"
             "ConditionalBreakpoints+;BreakpointCommands+",
             PacketParser::max_payload);
-    if (cursor.take("qXfer:features:read:target.xml:"))
+    if (cursor.take("qXfer:features:read:target.xml:")) {
+        if (cursor.rest().starts_with("0,"))
+            set_width();
         return part_of(registers_.target_xml(), cursor);
+    }
     if (cursor.take("qRcmd,")) {
         const auto line = text_from_hex(cursor.rest());
         if (!line)

@@ -27,6 +27,9 @@ class GdbSession final : public DebugFrontend {
     struct Config {
         bool pause = false;             ///< the guest waits for the first client
         bool leave_with_client = false; ///< the run ends when the client goes
+        /// Of the registers that clients are told of; nothing: 64 bits if the guest is in long mode when the
+        /// client asks, which for gdb is when it connects.
+        std::optional<TargetWidth> width{};
     };
     /// `server` and `symbols` outlive this.
     GdbSession(GdbServer& server, const Symbols& symbols, Config config);
@@ -45,6 +48,7 @@ class GdbSession final : public DebugFrontend {
     [[nodiscard]] bool connected() const override { return connected_; }
     [[nodiscard]] bool wants_pause() const override { return pause_ || connected_; }
     void ended(const Verdict& verdict) override;
+    [[nodiscard]] std::optional<std::uint64_t> read_register(unsigned number) const override;
     void print(std::string_view text) override;
 
   private:
@@ -61,7 +65,7 @@ class GdbSession final : public DebugFrontend {
     [[nodiscard]] std::string write_memory(GuestVirt at, std::span<const std::byte> bytes);
     [[nodiscard]] std::string search_memory(std::string_view arguments);
     [[nodiscard]] std::string checksum_memory(Cursor arguments);
-    [[nodiscard]] std::string read_register(Cursor arguments);
+    [[nodiscard]] std::string answer_register(Cursor arguments);
     [[nodiscard]] std::string write_register(Cursor arguments);
     [[nodiscard]] ExtendedState extended() const;
     [[nodiscard]] std::string edit_registers(const std::function<bool(const CpuEdit&)>& edit);
