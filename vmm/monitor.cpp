@@ -663,6 +663,11 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
                 return deliver_event(software.event, TrapReason::instruction);
             },
             [&](const emulated::Halted&) -> Step {
+                if (stepping) { // which wakes it up
+                    if (debugger_)
+                        debugger_->executed();
+                    return deliver_step();
+                }
                 machine_.platform().flush();
                 if (end_dead_halt_ && (cpu_.rflags & rflags::interrupt) == 0 &&
                     !machine_.has_unmaskable_interrupts())
@@ -670,7 +675,7 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
                 trap_.action = TrapAction::halt;
                 if (debugger_)
                     debugger_->halted();
-                return stepping ? deliver_step() : std::nullopt; // which wakes it
+                return std::nullopt;
             },
             [&](const emulated::PortAccess& access) -> Step {
                 native_access_ = NativePortAccess{access.port, access.size, access.write};

@@ -96,6 +96,13 @@ TEST_F(DeliveryTest, InterruptAtTheSameLevelAlignsTheStack) {
     EXPECT_FALSE(cpu.interrupts_enabled());
 }
 
+TEST_F(DeliveryTest, OnlyNmisBlockNmis) {
+    ASSERT_EQ(send(Event::external(0x20)).outcome, Delivery::delivered);
+    EXPECT_FALSE(guest.cpu.nmi_blocked);
+    ASSERT_EQ(send(Event::nmi()).outcome, Delivery::delivered);
+    EXPECT_TRUE(guest.cpu.nmi_blocked);
+}
+
 TEST_F(DeliveryTest, TrapGateLeavesInterruptsOn) {
     gate(0x20, trap_gate);
     ASSERT_EQ(send(Event::external(0x20)).outcome, Delivery::delivered);

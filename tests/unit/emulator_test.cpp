@@ -20,6 +20,7 @@ using emulated::Halted;
 using emulated::NotSensitive;
 using emulated::PortAccess;
 using emulated::Raised;
+using emulated::SingleStep;
 using emulated::SoftwareEvent;
 using emulated::Unsupported;
 
@@ -1524,6 +1525,33 @@ TEST_F(EmulatorTest, NotOffered) {
         EXPECT_EQ(fault({0x0f, 0xc7, 0x30}), ud());       // vmptrld
         EXPECT_EQ(fault({0xf3, 0x0f, 0xc7, 0x30}), ud()); // vmxon
     }
+}
+
+TEST_F(EmulatorTest, WhatDecidesAboutASingleStep) {
+    EXPECT_EQ(result_of<Done>({0xfa}).step, SingleStep::flags_before); // cli
+    reg(Gpr::rax) = sel::kernel_data;
+    EXPECT_EQ(result_of<Done>({0x8e, 0xd0}).step, SingleStep::held);         // mov ss, ax
+    EXPECT_EQ(result_of<Done>({0x8e, 0xd8}).step, SingleStep::flags_before); // mov ds, ax
+    cpu.star = std::uint64_t{sel::user_code_32} << 48;
+    reg(Gpr::rcx) = TestGuest::user_code;
+    EXPECT_EQ(result_of<Done>({0x48, 0x0f, 0x07}).step, SingleStep::flags_after); // sysretq
+
+    // Of a repeated output each element is a step.
+    guest.enter_kernel();
+    cpu.rflags |= rflags::trap;
+    reg(Gpr::rdx) = 0x3f8;
+    reg(Gpr::rsi) = TestGuest::data;
+    reg(Gpr::rcx) = 3;
+    (void)result_of<Done>({0xf3, 0x6e}); // rep outsb
+    EXPECT_EQ(reg(Gpr::rcx), 2U);
+    EXPECT_EQ(environment.writes.size(), 1U);
+}
+
+TEST_F(EmulatorTest, InterruptReturnLetsNmisIn) {
+    cpu.nmi_blocked = true;
+    frame({TestGuest::code, sel::kernel_code, rflags::fixed, TestGuest::kernel_stack, sel::kernel_data});
+    EXPECT_EQ(fault({0x48, 0xcf}), no_fault); // iretq
+    EXPECT_FALSE(cpu.nmi_blocked);
 }
 
 TEST_F(EmulatorTest, CountersAreTheMsrs) {
