@@ -118,8 +118,8 @@ void descriptors() {
         CHECK_EQ(lsl(selector), nothing);
         CHECK(!readable(selector) && !writable(selector));
     }
-    for (const std::uint64_t last : {0xffc8, 0xffd0, 0xffd8, 0xffe0, 0xffe8, 0xfff0, 0xfff8})
-        for (const std::uint64_t rpl : {0, 3}) {
+    for (std::uint64_t last = 0xffc8; last <= 0xfff8; last += 8)
+        for (std::uint64_t rpl = 0; rpl < 4; rpl += 3) {
             CHECK_EQ(lar(last | rpl), nothing);
             CHECK(PROBE("mov %w0, %%es", : : "r"(last | rpl)).is_fault(vector_gp, last));
         }
