@@ -5,9 +5,9 @@
 #include "guest/runtime/cpu.hpp"
 #include "guest/runtime/process.hpp"
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 using namespace umbra::guest;
 
@@ -19,7 +19,7 @@ constexpr std::uint8_t fifo_on = 0x07, fifo_off = 0, loopback = 0x10;
 constexpr std::size_t fifo_size = 16, page_size = 4096;
 constexpr std::size_t much = std::size_t{1} << 20;
 
-alignas(page_size) std::array<std::uint8_t, much> buffer;
+alignas(page_size) std::uint8_t buffer[much];
 
 void out_string(std::uint16_t port, const void*& bytes, std::size_t& count) {
     asm volatile("rep outsb" : "+S"(bytes), "+c"(count) : "d"(port) : "memory");
@@ -36,12 +36,12 @@ void in_string(std::uint16_t port, void*& bytes, std::size_t& count) {
 
 /// What was written to the serial port comes back from it. `step`: 1 or -1, as the bytes were written.
 void check_loopback(std::size_t first, int step) {
-    std::array<std::uint8_t, fifo_size> back{};
-    void* to = back.data();
+    std::uint8_t back[fifo_size] = {};
+    void* to = back;
     std::size_t count = fifo_size;
     in_string(serial, to, count);
     CHECK_EQ(count, 0);
-    CHECK(to == back.data() + fifo_size);
+    CHECK(to == back + fifo_size);
     for (std::size_t i = 0; i < fifo_size; ++i)
         CHECK_EQ(back[i], buffer[step > 0 ? first + i : first - i]);
 }
@@ -58,7 +58,7 @@ void write_and_check(std::size_t first, void (*write)(std::uint16_t, const void*
 } // namespace
 
 extern "C" int kernel_main(const BootParams&) {
-    for (std::size_t i = 0; i < buffer.size(); ++i)
+    for (std::size_t i = 0; i < sizeof(buffer); ++i)
         buffer[i] = static_cast<std::uint8_t>(i * 7 + i / page_size);
 
     flush_console();
@@ -70,21 +70,21 @@ extern "C" int kernel_main(const BootParams&) {
     out8(serial_modem, 0);
     out8(serial_control, fifo_off);
 
-    const void* from = buffer.data();
+    const void* from = buffer;
     std::size_t count = much;
     out_string(post_code, from, count);
     CHECK_EQ(count, 0);
-    CHECK(from == buffer.data() + much);
-    from = buffer.data();
+    CHECK(from == buffer + much);
+    from = buffer;
     count = much / 4;
     out_words(post_code, from, count);
     CHECK_EQ(count, 0);
-    CHECK(from == buffer.data() + much);
-    void* to = buffer.data();
+    CHECK(from == buffer + much);
+    void* to = buffer;
     count = much;
     in_string(post_code, to, count);
     CHECK_EQ(count, 0);
-    CHECK(to == buffer.data() + much);
+    CHECK(to == buffer + much);
     CHECK_EQ(buffer[0], 0xff);
     CHECK_EQ(buffer[much - 1], 0xff);
     print("stringio: passed\n");

@@ -138,7 +138,7 @@ TEST(ElfLoaderTest, HeadersMayLieWhereFirmwareDoes) {
 }
 
 TEST(ElfLoaderTest, GetsAllRamThatItAsksFor) {
-    for (const std::uint64_t at : {0x0, 0x9'd000, 0xc'0000, 0xf'0000, 0xf'8000, 0xf'd001}) {
+    for (const std::uint64_t at : {0x0U, 0x9'd000U, 0xc'0000U, 0xf'0000U, 0xf'8000U, 0xf'd001U}) {
         SmallElf elf;
         elf.code = std::string(0x3000, 'x'); // as long as the data
         elf.data = std::string(0x3000, 'y');
