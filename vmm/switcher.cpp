@@ -350,8 +350,28 @@ bool Switcher::set_nmi_aside() {
     return true;
 }
 
+/// KVM may inject an interrupt once more that has just arrived, if a signal or an exit of its own came
+/// between its delivery and the first instruction of the stub: then it is delivered in ring 0, where
+/// interrupts are off, on the same stack. The second time is undone.
+bool Switcher::undo_repeated_interrupt() {
+    constexpr std::uint64_t stub = ~std::uint64_t{STUB_SIZE - 1};
+    const std::uint64_t rip = machine_.rip(), below_top = address(stack_top_) - machine_.rsp();
+    if (rip - address(image_page * page_size) >= std::uint64_t{256} * STUB_SIZE ||
+        below_top < 2 * sizeof(Frame) || below_top > page_size)
+        return false;
+    const Frame& frame = *at<Frame>(memory_.switcher(), stack_top_ - below_top);
+    if (frame.cs != ring0_cs || frame.rip != (rip & stub))
+        return false;
+    machine_.set_rip(frame.rip);
+    machine_.set_rsp(frame.rsp);
+    machine_.set_rflags(frame.rflags);
+    return true;
+}
+
 Trap Switcher::leave(VirtualCpu& cpu) {
     (void)set_nmi_aside();
+    while (undo_repeated_interrupt()) {
+    }
     machine_.read_gprs(cpu.gpr);
     std::uint64_t flags = machine_.rflags();
     take_segments(cpu);

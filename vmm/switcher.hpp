@@ -126,6 +126,7 @@ class Switcher {
     void choose_code_and_stack(const VirtualCpu& cpu);
     void set_descriptor(const Segment& segment);
     bool set_nmi_aside();
+    bool undo_repeated_interrupt();
     [[nodiscard]] GuestVirt gdt_base() const;
     [[nodiscard]] GuestVirt ldt_base() const;
     [[nodiscard]] std::optional<std::uint16_t> selector_of(GuestVirt descriptor) const;
