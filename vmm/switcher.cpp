@@ -218,7 +218,9 @@ void Switcher::set_descriptor(const Segment& segment) {
 }
 
 bool Switcher::in_ring0() const {
-    return machine_.segment(SegmentName::ss).dpl == 0;
+    // Of the guest's own selectors the RPL tells nothing; of those of the host's GDT it is the level.
+    return traits_.own_gdt ? machine_.segment(SegmentName::ss).dpl == 0
+                           : selector::rpl(machine_.selector(SegmentName::cs)) == 0;
 }
 
 std::uint64_t Switcher::address(std::size_t offset) const {

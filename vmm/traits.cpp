@@ -105,9 +105,10 @@ HostTraits probe_traits(const Kvm& kvm) {
     constexpr std::array<std::uint8_t, 2> syscall{0x0f, 0x05};
     (void)scratch.run(syscall);
     traits.syscall_to_ring0 = scratch.machine().rip() - scratch.switcher().syscall_entry().value() < 16;
-    traits.cpuid_intercepted = intercepts_cpuid(scratch);
     traits.stores_seen = sees_stores(scratch);
     traits.native_ring0 = !interprets_ring0(scratch);
+    // A KVM that interprets ring 0 may intercept CPUID in this machine and not in the guest's.
+    traits.cpuid_intercepted = traits.native_ring0 && intercepts_cpuid(scratch);
     return traits;
 }
 
