@@ -452,8 +452,8 @@ Monitor::Step Monitor::handle_trap(const Trap& trap) {
     if (trap.vector == static_cast<std::uint8_t>(Vector::debug) && single_step_) {
         if (debugger_)
             debugger_->stepped();
-        if ((cpu_.rflags & rflags::trap) == 0 &&
-            !met_breakpoint()) { // otherwise it is the guest's own as well
+        const bool guests_own = (cpu_.rflags & rflags::trap) != 0 || met_breakpoint();
+        if (!guests_own) {
             trap_.reason = TrapReason::exception;
             trap_.vector = trap.vector;
             trap_.action = TrapAction::attend;

@@ -104,9 +104,8 @@ constexpr std::array rules{
     // Wall clock and system time (KVM). The next ones are not offered: asynchronous page faults, stolen time,
     // end of interrupt in memory, polling, migration.
     MsrRule{wall_clock, system_time, machine(), MsrWrite::machine, &CpuFeatures::kvmclock},
-    // PerfEvtSel and PerfCtr (APM), which every AMD CPU has four of: they count nothing, and kernels that
-    // look
-    // whether a counter keeps what they write find that it does not.
+    // PerfEvtSel and PerfCtr (APM), which every AMD CPU has four of: they count nothing, and a kernel that
+    // looks whether a counter keeps what it writes finds that it does not.
     MsrRule{0xc001'0000, 0xc001'0007, fixed(0), MsrWrite::ignored, &CpuFeatures::amd},
     // SYSCFG (APM): no memory encryption, and no second top of memory.
     MsrRule{0xc001'0010, 0xc001'0010, fixed(0), MsrWrite::unchanged, nullptr},

@@ -180,7 +180,7 @@ class Vcpu {
     std::size_t run_size_ = 0;
     int error_ = 0; ///< errno of a failed KVM_RUN
     std::uint64_t exits_ = 0;
-    bool nmi_blocked_ = false;
+    bool nmi_blocked_ = false; ///< by an NMI that the machine has taken
 };
 
 /// Whether KVM notes which pages of a memory slot are written to.
