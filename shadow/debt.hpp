@@ -37,8 +37,7 @@ class Debt {
     }
 
     /// Tables with a change to a present entry, for hosts whose KVM believes them write-protected and does
-    /// not see stores by userspace: ring-0 code of the VM must touch each (DESIGN section 8, and
-    /// vmm/switcher.hpp).
+    /// not see stores by userspace: ring-0 code of the VM must touch each (vmm/switcher.hpp).
     std::vector<TableIndex> tables;
     bool flush = false; ///< the machine's TLB may hold what was taken away
     /// A root is gone that the machine may have loaded: even ring-0 code, which every root maps, cannot run

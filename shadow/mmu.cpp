@@ -4,16 +4,15 @@ namespace umbra {
 
 Mmu::Mmu(ShadowTables& tables, unsigned number)
     : tables_(tables), number_(number), ledger_(tables.pool().capacity()) {
-    const auto editing = tables_.edit();
-    tables_.ledgers_.push_back(&ledger_);
+    tables_.edit()->store.add(ledger_);
 }
 
 Mmu::~Mmu() {
-    const auto editing = tables_.edit();
+    const auto shadow = tables_.edit();
     for (auto& current : current_)
-        pin(current, std::nullopt);
-    std::erase(tables_.ledgers_, &ledger_);
-    ledger_.debt.paid(); // the vCPU does not run again
+        pin(*shadow, current, std::nullopt);
+    shadow->store.remove(ledger_);
+    ledger_.close();
 }
 
 /// A vCPU whose thread works on the tables is not in the guest.
@@ -54,12 +53,12 @@ void Mmu::set_paging(const GuestPaging& paging) {
     paging_ = paging;
     if (!other_space)
         return;
-    const auto editing = edit();
+    const auto shadow = edit();
     // Tables that both spaces share may hold what the old one has used since the new one was left. No CPU
     // caches that for the new one, whether or not the switch flushes.
-    required_ = ++tables_.epoch_;
+    required_ = shadow->tracker.next_epoch();
     if (sanitizer_ != nullptr)
-        tables_.forget_entries(); // what both share would serve the new one unseen
+        shadow->store.forget_entries(); // what both share would serve the new one unseen
 }
 
 void Mmu::sanitize(TlbSanitizer& sanitizer, TlbPolicy policy,
@@ -70,68 +69,66 @@ void Mmu::sanitize(TlbSanitizer& sanitizer, TlbPolicy policy,
 }
 
 /// Makes `root` the current one, which is not recycled.
-void Mmu::pin(std::optional<TableIndex>& current, std::optional<TableIndex> root) {
-    if (resets_ != tables_.resets_) { // pins went with the tables
+void Mmu::pin(ShadowParts& shadow, std::optional<TableIndex>& current, std::optional<TableIndex> root) {
+    if (resets_ != shadow.resets) { // pins went with the tables
         current_ = {};
-        resets_ = tables_.resets_;
+        resets_ = shadow.resets;
     }
     if (current)
-        --tables_.table(*current).pins;
+        --shadow.store[*current].pins;
     current = root;
     if (current)
-        ++tables_.table(*current).pins;
+        ++shadow.store[*current].pins;
 }
 
-TableIndex Mmu::root_table(bool user) {
+TableIndex Mmu::root_table(ShadowParts& shadow, bool user) {
     const TableKey key = root_key(user);
     auto& current = current_[user ? 1 : 0];
-    const bool valid = current && resets_ == tables_.resets_;
-    if (!valid || tables_.table(*current).key != key || tables_.table(*current).epoch < required_) {
-        pin(current, std::nullopt);
+    const bool valid = current && resets_ == shadow.resets;
+    if (!valid || shadow.store[*current].key != key || shadow.store[*current].epoch < required_) {
+        pin(shadow, current, std::nullopt);
         // INVLPG has not reached roots that were not current.
-        auto root = tables_.root(key, std::max(required_, invalidated_));
+        auto root = shadow.cache.root(key, std::max(required_, invalidated_));
         if (!root) { // every page is below the other root
-            tables_.reset();
-            root = tables_.root(key, required_);
+            shadow.reset();
+            root = shadow.cache.root(key, required_);
         }
-        pin(current, root);
+        pin(shadow, current, root);
         if (key.role.mode == GuestMode::pae) // loaded by what also flushes
-            tables_.set_registers(*current, paging_.pdptes);
+            shadow.tracker.set_registers(*current, paging_.pdptes);
     }
     return *current;
 }
 
 MachineState Mmu::enter(bool user) {
-    const auto editing = edit();
+    const auto shadow = edit();
     MachineState state;
     if (!std::exchange(just_exposed_, false)) {
         for (const GuestVirt at : exposed_)
-            hide_exposed(at);
+            hide_exposed(*shadow, at);
         exposed_.clear();
     }
-    state.root = tables_.pool_.frame(root_table(user));
-    state.reserved_slot = tables_.slot_;
-    state.debt = std::move(ledger_.debt);
-    for (const TableIndex index : state.debt.tables)
-        ledger_.owed[TablePool::number(index)] = false;
-    ledger_.in_guest = true;
+    state.root = shadow->store.pool().frame(root_table(*shadow, user));
+    state.reserved_slot = shadow->store.reserved_slot();
+    state.debt = ledger_.take();
+    ledger_.enter();
     return state;
 }
 
 void Mmu::left() {
-    ledger_.in_guest = false;
-    ledger_.in_guest.notify_all();
+    ledger_.leave();
 }
 
 MissResult Mmu::fault(GuestVirt at, Access access) {
-    const auto editing = edit();
-    const std::optional<GuestWalk> stale = sanitizer_ != nullptr ? stale_walk(at, access) : std::nullopt;
-    const GuestWalk walk = stale ? *stale : translate(tables_.memory_, paging_, at, access);
-    tables_.marked(walk);
+    const auto shadow = edit();
+    const std::optional<GuestWalk> stale =
+        sanitizer_ != nullptr ? stale_walk(shadow->memory, at, access) : std::nullopt;
+    const GuestWalk walk = stale ? *stale : translate(shadow->memory, paging_, at, access);
+    shadow->tracker.marked(walk);
     if (walk.fault) {
         if (sanitizer_ != nullptr)
             sanitizer_->faulted(at, paging_);
-        ++tables_.counters_.guest_faults;
+        ++shadow->counters.guest_faults;
         return {.outcome = Miss::guest_fault, .fault = *walk.fault};
     }
     const bool kernel_fetches_user_page = access.fetch && !access.user && walk.user && walk.depth != 0;
@@ -139,24 +136,24 @@ MissResult Mmu::fault(GuestVirt at, Access access) {
         const std::uint32_t code = PageFault::present | PageFault::fetch;
         return {.outcome = Miss::guest_fault, .fault = {at, code}, .trapped_user_fetch = true};
     }
-    if (paging_4_level.root().index(at) == tables_.slot_ && !tables_.move_slot(paging_))
+    if (paging_4_level.root().index(at) == shadow->store.reserved_slot() && !shadow->move_slot(paging_))
         return {.outcome = Miss::no_slot};
-    if (tables_.guard_on(at, walk.address.frame()).forbids(access)) {
+    if (shadow->guards.on(at, walk.address.frame()).forbids(access)) {
         guarded_ = AskedAccess{at, walk.address.frame()};
         return {.outcome = Miss::guarded, .address = walk.address};
     }
-    if (access.write && tables_.is_protected(MachineFrame(walk.address.frame().number()))) {
-        ShadowTables::GuestTable& page = tables_.guest_tables_.at(walk.address.frame());
-        const bool watched = tables_.config_.sync == Sync::trap;
-        if (watched && tables_.is_live(page)) {
+    const GuestFrame target = walk.address.frame();
+    if (access.write && shadow->tracker.is_protected(same_frame(target))) {
+        const bool watched = shadow->config.sync == Sync::trap;
+        if (watched && shadow->tracker.is_live(target)) {
             asked_ = AskedWrite{at, access.user, stale.has_value(), walk};
             return {.outcome = Miss::table_write, .address = walk.address};
         }
-        watched ? tables_.give_up(page) : tables_.unprotect(page);
+        watched ? shadow->tracker.give_up(target) : shadow->tracker.unprotect(target);
     }
     if (sanitizer_ != nullptr && !stale)
         sanitizer_->used(at, walk, paging_);
-    fill(walk, at, access.user, stale ? ShadowTables::Remember::no : ShadowTables::Remember::yes);
+    fill(*shadow, walk, at, access.user, stale ? Filler::Remember::no : Filler::Remember::yes);
     if (kernel_fetches_user_page && role(false).user_pages_hidden) {
         exposed_.push_back(at);
         just_exposed_ = true;
@@ -165,18 +162,15 @@ MissResult Mmu::fault(GuestVirt at, Access access) {
 }
 
 /// Takes back what was filled for a kernel's fetch of a user page that is hidden from it (Role).
-void Mmu::hide_exposed(GuestVirt at) {
-    if (resets_ != tables_.resets_ || !current_[0])
+void Mmu::hide_exposed(ShadowParts& shadow, GuestVirt at) const {
+    if (resets_ != shadow.resets || !current_[0])
         return;
     TableIndex index = *current_[0];
     for (const Level& level : paging_4_level.levels) {
         const unsigned slot = level.index(at);
-        const ShadowEntry entry = tables_.pool_.entries(index)[slot];
-        if (!entry.present() || tables_.is_switcher(tables_.table(index), slot))
-            return;
-        const auto next = entry.leaf(level) ? std::nullopt : tables_.pool_.page_of(entry.table());
-        if (!next || tables_.table(*next).key.role.direct) {
-            tables_.drop_entry(index, slot);
+        const auto next = shadow.store.child(index, shadow.store.entries(index)[slot]);
+        if (!next || shadow.store[*next].key.role.direct) {
+            shadow.store.drop_entry(index, slot);
             return;
         }
         index = *next;
@@ -185,8 +179,8 @@ void Mmu::hide_exposed(GuestVirt at) {
 
 /// What the CPU's TLB may still hold for this access, if that is not what the tables say and the policy is to
 /// go on using it.
-std::optional<GuestWalk> Mmu::stale_walk(GuestVirt at, Access access) {
-    const GuestWalk fresh = walk_guest(tables_.memory_, paging_, at, access);
+std::optional<GuestWalk> Mmu::stale_walk(const GuestMemory& memory, GuestVirt at, Access access) {
+    const GuestWalk fresh = walk_guest(memory, paging_, at, access);
     std::optional<StaleUse> use = sanitizer_->check(at, access, fresh, paging_);
     if (!use)
         return std::nullopt;
@@ -194,81 +188,69 @@ std::optional<GuestWalk> Mmu::stale_walk(GuestVirt at, Access access) {
     if (policy_ != TlbPolicy::keep)
         return std::nullopt;
     // What was read through a cached entry is marked as used; a cached translation is so already.
-    if (use->through_structure_cache && !set_accessed_dirty(tables_.memory_, use->before, access.write))
+    if (use->through_structure_cache && !set_accessed_dirty(memory, use->before, access.write))
         return std::nullopt;
     return use->before;
 }
 
-void Mmu::fill(const GuestWalk& walk, GuestVirt at, bool user, ShadowTables::Remember remember) {
-    ++tables_.counters_.fills;
-    ++tables_.clock_;
-    if (tables_.install(root_table(user), paging_, walk, at, remember))
+void Mmu::fill(ShadowParts& shadow, const GuestWalk& walk, GuestVirt at, bool user,
+               Filler::Remember remember) {
+    ++shadow.counters.fills;
+    shadow.store.tick();
+    if (shadow.filler.install(root_table(shadow, user), paging_, walk, at, remember))
         return;
-    tables_.reset(); // the pool is exhausted by what this fill needs: start over
-    (void)tables_.install(root_table(user), paging_, walk, at, remember);
+    shadow.reset(); // the pool is exhausted by what this fill needs: start over
+    (void)shadow.filler.install(root_table(shadow, user), paging_, walk, at, remember);
 }
 
 void Mmu::begin_table_write() {
-    const auto editing = edit();
+    const auto shadow = edit();
     if (!asked_)
         return;
     const AskedWrite write = *std::exchange(asked_, std::nullopt);
     const GuestFrame frame = write.walk.address.frame();
-    if (const auto found = tables_.guest_tables_.find(frame); found != tables_.guest_tables_.end()) {
-        ++tables_.counters_.table_writes;
-        found->second.open = true;
+    if (shadow->tracker.open(frame))
         open_.push_back(frame);
-    }
     if (sanitizer_ != nullptr && !write.stale)
         sanitizer_->used(write.at, write.walk, paging_);
-    fill(write.walk, write.at, write.user,
-         write.stale ? ShadowTables::Remember::no : ShadowTables::Remember::yes);
+    fill(*shadow, write.walk, write.at, write.user,
+         write.stale ? Filler::Remember::no : Filler::Remember::yes);
 }
 
 std::vector<TableWrite> Mmu::finish_table_write() {
-    const auto editing = edit();
+    const auto shadow = edit();
     std::vector<TableWrite> writes;
     if (!open_.empty())
-        tables_.stop_others(); // a page that is open is so for all, and their TLBs know it as writable
-    for (const GuestFrame frame : open_) {
-        const auto found = tables_.guest_tables_.find(frame);
-        if (found == tables_.guest_tables_.end())
-            continue;
-        ShadowTables::GuestTable& page = found->second;
-        page.open = false;
-        tables_.restrict_mappings(page);
-        tables_.compare_shadows(page, writes);
-    }
+        shadow->store.stop_others(); // a page that is open is so for all, and their TLBs know it as writable
+    for (const GuestFrame frame : open_)
+        shadow->tracker.close(frame, writes);
     open_.clear();
     return writes;
 }
 
 void Mmu::set_guards(Guards guards) {
-    const auto editing = edit();
-    tables_.set_guards(std::move(guards));
+    edit()->set_guards(std::move(guards));
 }
 
 void Mmu::begin_guarded_access() {
-    const auto editing = edit();
+    const auto shadow = edit();
     if (const auto access = std::exchange(guarded_, std::nullopt))
-        tables_.open_guard(access->at, access->frame);
+        shadow->guards.open(access->at, access->frame);
 }
 
 void Mmu::finish_guarded_access() {
-    const auto editing = edit();
-    tables_.close_guards();
+    edit()->close_guards();
 }
 
 void Mmu::flush(const FlushScope& scope) {
-    const auto editing = edit();
-    ++tables_.counters_.flushes;
+    const auto shadow = edit();
+    ++shadow->counters.flushes;
     // Tables are compared again before they are next relied on. What another context had: when it comes back.
     if (scope.all_contexts || scope.pcid == paging_.pcid)
-        required_ = ++tables_.epoch_;
-    if (!tables_.to_merge_.empty())
-        tables_.merge_quiet_pages();
-    if (tables_.config_.virtual_tlb)
-        tables_.forget_entries();
+        required_ = shadow->tracker.next_epoch();
+    shadow->cache.merge_quiet_memory();
+    if (shadow->config.virtual_tlb)
+        shadow->store.forget_entries();
     if (sanitizer_ == nullptr)
         return;
     if (scope.globals)
@@ -277,44 +259,44 @@ void Mmu::flush(const FlushScope& scope) {
         sanitizer_->flush_all_contexts();
     else
         sanitizer_->flush_context(scope.pcid);
-    tables_.forget_entries();
+    shadow->store.forget_entries();
 }
 
 void Mmu::invalidate(GuestVirt at, std::uint16_t pcid, bool globals) {
-    const auto editing = edit();
-    ++tables_.counters_.invalidations;
+    const auto shadow = edit();
+    ++shadow->counters.invalidations;
     if (sanitizer_ != nullptr) {
         if (globals)
             sanitizer_->invalidate(at, paging_);
         else
             sanitizer_->invalidate_in(pcid, at, paging_);
-        tables_.forget_entries();
+        shadow->store.forget_entries();
     }
     if (pcid != paging_.pcid)
         return;
-    invalidated_ = ++tables_.epoch_; // what the current roots do not refer to now is compared before they do
-    if (resets_ != tables_.resets_)
+    // What the current roots do not refer to now is compared before they do.
+    invalidated_ = shadow->tracker.next_epoch();
+    if (resets_ != shadow->resets)
         return;
     for (const auto& root : current_) {
         if (root)
-            tables_.invalidate(*root, at);
+            shadow->tracker.invalidate(*root, at);
     }
 }
 
 void Mmu::reset() {
-    const auto editing = edit();
-    tables_.reset();
+    edit()->reset();
 }
 
 std::vector<WalkStep<MachinePhysSpace>> Mmu::shadow_walk(GuestVirt at, bool user) {
-    const auto editing = edit();
+    const auto shadow = edit();
     std::vector<WalkStep<MachinePhysSpace>> steps;
-    const auto read = [this](const Level&, MachinePhys slot) {
-        const auto index = tables_.pool_.page_of(slot.frame());
-        return index ? tables_.pool_.entries(*index)[slot.page_offset() / sizeof(ShadowEntry)]
-                     : ShadowEntry();
+    const TablePool& pool = shadow->store.pool();
+    const auto read = [&pool](const Level&, MachinePhys slot) {
+        const auto index = pool.page_of(slot.frame());
+        return index ? pool.entries(*index)[slot.page_offset() / sizeof(ShadowEntry)] : ShadowEntry();
     };
-    const MachineFrame root = tables_.pool_.frame(root_table(user));
+    const MachineFrame root = pool.frame(root_table(*shadow, user));
     walk(paging_4_level, root, at, at, read, [&](const WalkStep<MachinePhysSpace>& step) {
         steps.push_back(step);
         return WalkNext::descend;

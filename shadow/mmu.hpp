@@ -1,7 +1,7 @@
 // The shadow MMU of one vCPU: what its CR3, its invalidations and its page faults mean.
 //
-// Contract: the machine on these tables behaves as a CPU whose TLB starts empty at each flush (DESIGN,
-// section 6). The tables themselves are shared with the other vCPUs: shadow/shadow_tables.hpp.
+// Contract: the machine on these tables behaves as a CPU whose TLB starts empty at each flush
+// (shadow/README.md). The tables themselves are shared with the other vCPUs: shadow/shadow_tables.hpp.
 #pragma once
 
 #include "shadow/shadow_tables.hpp"
@@ -119,7 +119,7 @@ class Mmu {
     void finish_guarded_access();
 
     /// What `enter` would ask for now.
-    [[nodiscard]] const Debt& debt() const { return ledger_.debt; }
+    [[nodiscard]] const Debt& debt() const { return ledger_.debt(); }
     [[nodiscard]] unsigned reserved_slot() const { return tables_.reserved_slot(); }
 
     /// The entries that translate `at` in the machine's tables, root first (for reports and the debugger).
@@ -133,15 +133,15 @@ class Mmu {
     [[nodiscard]] ShadowTables::Editing edit();
     [[nodiscard]] Role role(bool user) const;
     [[nodiscard]] TableKey root_key(bool user) const;
-    [[nodiscard]] TableIndex root_table(bool user);
-    void pin(std::optional<TableIndex>& current, std::optional<TableIndex> root);
-    void fill(const GuestWalk& walk, GuestVirt at, bool user, ShadowTables::Remember remember);
-    void hide_exposed(GuestVirt at);
-    [[nodiscard]] std::optional<GuestWalk> stale_walk(GuestVirt at, Access access);
+    [[nodiscard]] TableIndex root_table(ShadowParts& shadow, bool user);
+    void pin(ShadowParts& shadow, std::optional<TableIndex>& current, std::optional<TableIndex> root);
+    void fill(ShadowParts& shadow, const GuestWalk& walk, GuestVirt at, bool user, Filler::Remember remember);
+    void hide_exposed(ShadowParts& shadow, GuestVirt at) const;
+    [[nodiscard]] std::optional<GuestWalk> stale_walk(const GuestMemory& memory, GuestVirt at, Access access);
 
     ShadowTables& tables_;
     unsigned number_;
-    ShadowTables::Ledger ledger_;
+    Ledger ledger_;
     GuestPaging paging_;
     bool alignment_check_ = false;
     bool trap_user_fetch_ = false;

@@ -58,10 +58,6 @@ struct TableKey {
     bool operator==(const TableKey&) const = default;
 };
 
-struct TableKeyHash {
-    std::size_t operator()(const TableKey& key) const noexcept;
-};
-
 /// The guest's entries behind a shadow table. Slot s is made from entry s / slots_per_entry.
 struct TableShape {
     unsigned entry_bytes = 0;
