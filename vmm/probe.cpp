@@ -400,6 +400,12 @@ Finding interrupts(const Kvm& kvm, const HostTraits& traits) {
                : unknown(describe(trap, scratch));
 }
 
+Finding exact_cpu(const Kvm& /*kvm*/, const HostTraits& traits) {
+    return traits.exact_cpu
+               ? Finding{"no", "as on a CPU"}
+               : Finding{"by QEMU", "slow, and its mistakes are guests', too, most on the native engine"};
+}
+
 struct Experiment {
     const char* id;
     const char* question;
@@ -407,6 +413,7 @@ struct Experiment {
 };
 
 constexpr std::array experiments{
+    Experiment{"emulated_cpu", "the host's CPU is emulated", exact_cpu},
     Experiment{"trap", "trap round trip", round_trip},
     Experiment{"ring0_instruction", "an instruction in ring 0", ring0_instruction},
     Experiment{"ring0_trap", "trap resumed in ring 0", ring0_trap},

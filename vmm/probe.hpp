@@ -1,5 +1,5 @@
-// What `umbra probe` finds out: every trait of the KVM host that matters to guests or to umbra (DESIGN
-// section 8), each by a small experiment in a scratch VM of its own.
+// What `umbra probe` finds out: every trait of the KVM host that matters to guests or to umbra, each by a
+// small experiment in a scratch VM of its own.
 #pragma once
 
 #include "vmm/traits.hpp"

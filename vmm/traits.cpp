@@ -8,6 +8,9 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <cstring>
+
+#include <cpuid.h>
 
 namespace umbra {
 namespace {
@@ -84,6 +87,17 @@ bool interprets_ring0(ScratchMachine& scratch) {
     return with - without > std::chrono::nanoseconds(250) * instructions;
 }
 
+/// Whether this process runs on QEMU's software emulation (TCG), by the hypervisor's leaf of CPUID.
+bool on_emulated_cpu() {
+    constexpr std::uint32_t hypervisor_leaf = 0x4000'0000, hypervisor_present = std::uint32_t{1} << 31;
+    std::uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0 || (ecx & hypervisor_present) == 0)
+        return false;
+    std::array<std::uint32_t, 3> name{};
+    __cpuid(hypervisor_leaf, eax, name[0], name[1], name[2]);
+    return std::memcmp(name.data(), "TCGTCGTCGTCG", sizeof(name)) == 0;
+}
+
 } // namespace
 
 HostTraits probe_traits(const Kvm& kvm) {
@@ -109,6 +123,7 @@ HostTraits probe_traits(const Kvm& kvm) {
     traits.native_ring0 = !interprets_ring0(scratch);
     // A KVM that interprets ring 0 may intercept CPUID in this machine and not in the guest's.
     traits.cpuid_intercepted = traits.native_ring0 && intercepts_cpuid(scratch);
+    traits.exact_cpu = !on_emulated_cpu();
     return traits;
 }
 

@@ -1,4 +1,4 @@
-// What kind of KVM host this is, found by trying (DESIGN section 8), never by a vendor's name.
+// What kind of KVM host this is, found by trying, never by a vendor's name.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,8 @@ struct HostTraits {
         false; ///< `syscall` reaches LSTAR at CPL 0; otherwise a fault on LSTAR's page is the trap
     bool cpuid_intercepted = false; ///< CPUID at CPL 3 shows what the VM set
     bool native_ring0 = false;      ///< the CPU runs the machine's ring 0; otherwise KVM interprets it
+    /// The host's CPU is not QEMU's software emulation, which is not exact: it says so itself.
+    bool exact_cpu = true;
 };
 
 /// Finds the traits by a few instructions in a scratch VM. About a millisecond. StartupError if KVM cannot

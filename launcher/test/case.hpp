@@ -37,10 +37,10 @@ inline constexpr std::array<std::string_view, 10> outcome_names{
     return outcome_names.at(static_cast<std::size_t>(outcome));
 }
 
-/// What a case can ask of its host, beside KVM: that ring-0 code runs natively, and HostTraits'
-/// iopl_honoured, cpuid_intercepted, stores_seen and own_gdt.
-inline constexpr std::array<std::string_view, 5> host_trait_names{"native-ring0", "iopl", "cpuid",
-                                                                  "stores-seen", "own-gdt"};
+/// What a case can ask of its host, beside KVM (find_host_traits()); with a '!' before it,
+/// that the host does not have it.
+inline constexpr std::array<std::string_view, 8> host_trait_names{
+    "native-ring0", "iopl", "cpuid", "stores-seen", "own-gdt", "exact-cpu", "exact-walks", "double-faults"};
 
 /// A step of a scripted conversation with the guest.
 struct Exchange {
@@ -84,7 +84,7 @@ struct TestCase {
     std::vector<std::string> forbidden; ///< and not found
     std::vector<Exchange> conversation;
     std::vector<CounterBound> bounds;
-    std::vector<std::string> hosts; ///< of host_trait_names: the host must have them; otherwise a skip
+    std::vector<std::string> hosts; ///< [!]NAME of host_trait_names: otherwise a skip
 
     /// The values of the matrix that this case was made for, for reports.
     std::map<std::string, std::string> parameters;

@@ -34,8 +34,8 @@ sanitize = "tlb"        # report missing TLB invalidations; such a run does not 
 options = ["--fw-cfg", "name=opt/test,string=drivers"] # any other options of `umbra run`
 keyboard = false        # true: what a conversation sends is typed on the keyboard, not into the serial port
 tags = ["slow", "drivers"]                   # for `umbra test --tag slow` or --tag=-slow
-# What the host must have, see `umbra probe`; elsewhere the case is skipped:
-# native-ring0, iopl, cpuid, stores-seen, own-gdt
+# What the host must have, see `umbra probe`, or, as "!iopl", must not; elsewhere the case is skipped:
+# native-ring0, iopl, cpuid, stores-seen, own-gdt, exact-cpu, exact-walks, double-faults
 hosts = ["native-ring0"]
 
 # What the console shall show: regular expressions (RE2's). The required ones in this order.

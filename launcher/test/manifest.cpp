@@ -820,8 +820,14 @@ void Reader::tags(const toml::node& node, const std::string& key, TestCase& into
 void Reader::hosts(const toml::node& node, const std::string& key, TestCase& into) {
     into.hosts.clear();
     each_item(node, key, [&](const toml::node& item, const std::string& item_key) {
-        if (const auto choice = one_of(item, item_key, {host_trait_names.begin(), host_trait_names.end()}))
-            into.hosts.emplace_back(host_trait_names.at(*choice));
+        const auto* const string = item.as_string();
+        std::string_view name = string == nullptr ? "" : std::string_view(string->get());
+        if (name.starts_with('!'))
+            name.remove_prefix(1);
+        if (std::ranges::find(host_trait_names, name) != host_trait_names.end())
+            into.hosts.push_back(string->get());
+        else
+            (void)one_of(item, item_key, {host_trait_names.begin(), host_trait_names.end()}); // tells why not
     });
 }
 

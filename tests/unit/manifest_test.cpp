@@ -98,7 +98,7 @@ console = { required = ["a+", 'b\d'], forbidden = ["c"] }
 conversation = [{ expect = "login:", send = "root\n" }, { expect = "# " }]
 bounds = { "traps.count" = { min = 1, max = 1000 }, "instructions.cli" = { max = 0 } }
 tags = ["slow", "net"]
-hosts = ["native-ring0", "iopl", "cpuid", "stores-seen", "own-gdt"]
+hosts = ["native-ring0", "iopl", "cpuid", "stores-seen", "own-gdt", "exact-cpu", "exact-walks", "double-faults"]
 )");
     ASSERT_EQ(read.size(), 1U);
     const TestCase& test = read.front();
@@ -139,6 +139,10 @@ hosts = ["native-ring0", "iopl", "cpuid", "stores-seen", "own-gdt"]
     EXPECT_EQ(test.tags, (Strings{"slow", "net"}));
     EXPECT_EQ(test.hosts, (Strings{host_trait_names.begin(), host_trait_names.end()}));
     EXPECT_TRUE(test.parameters.empty());
+}
+
+TEST(Manifest, HostsMayBeAskedNotToHaveATrait) {
+    EXPECT_EQ(one_case("hosts = ['!iopl', 'cpuid']").hosts, (Strings{"!iopl", "cpuid"}));
 }
 
 TEST(Manifest, TheLeastCaseHasTheDefaultsOfUmbraRun) {
@@ -486,9 +490,11 @@ TEST(Manifest, MistakesInValues) {
                  "4:9: case.tags[0]: expected a tag without spaces, ',', '*' and '?', that does not begin "
                  "with '-', not 'a b'"},
              Mistake{"tags = ['a', '-b']", "4:14: case.tags[1]: expected a tag without spaces"},
-             Mistake{"hosts = ['iopl', 'native-ring-0']",
-                     "4:18: case.hosts[1]: expected native-ring0, iopl, cpuid, stores-seen or own-gdt, not "
-                     "'native-ring-0'; did you mean 'native-ring0'?"},
+             Mistake{
+                 "hosts = ['iopl', 'native-ring-0']",
+                 "4:18: case.hosts[1]: expected native-ring0, iopl, cpuid, stores-seen, own-gdt, exact-cpu, "
+                 "exact-walks or double-faults, not 'native-ring-0'; did you mean 'native-ring0'?"},
+             Mistake{"hosts = ['!']", "4:10: case.hosts[0]: expected native-ring0, iopl, "},
              Mistake{"matrix.timeout = [1]",
                      "4:8: case.matrix.timeout: unknown key; expected kernel, protocol, memory, cpus, "
                      "append, initrd, engine, cpu, tlb or sanitize"},
