@@ -1,25 +1,31 @@
 #include "shadow/guest_walk.hpp"
 
+#include "shadow/entry_access.hpp"
+
 namespace umbra {
 namespace {
 
-template<class Raw>
-std::atomic_ref<Raw> entry_at(std::span<std::byte> bytes) {
-    return std::atomic_ref<Raw>(*reinterpret_cast<Raw*>(bytes.data()));
-}
-
-/// The entry at `slot`, read once; outside RAM all ones.
-template<class Raw>
-GuestEntry load_entry(const GuestMemory& memory, GuestPhys slot) {
-    const auto bytes = memory.range(slot, sizeof(Raw));
-    return GuestEntry(bytes.empty() ? Raw(~Raw{0}) : entry_at<Raw>(bytes).load(std::memory_order_relaxed));
+/// The entry at `slot`, of 4 or 8 bytes, read once; outside RAM all ones.
+GuestEntry entry_at(const GuestMemory& memory, GuestPhys slot, unsigned entry_bytes) {
+    const auto bytes = memory.range(slot, entry_bytes);
+    if (bytes.empty())
+        return GuestEntry(~std::uint64_t{0} >> (64 - 8 * entry_bytes));
+    return load_entry(bytes, 0, entry_bytes);
 }
 
 template<class Raw>
-bool exchange_entry(const GuestMemory& memory, GuestPhys slot, GuestEntry from, GuestEntry to) {
+bool exchange_entry(std::span<std::byte> bytes, GuestEntry from, GuestEntry to) {
     auto expected = static_cast<Raw>(from.raw());
-    const auto bytes = memory.range(slot, sizeof(Raw));
-    return entry_at<Raw>(bytes).compare_exchange_strong(expected, static_cast<Raw>(to.raw()));
+    return std::atomic_ref<Raw>(*reinterpret_cast<Raw*>(bytes.data()))
+        .compare_exchange_strong(expected, static_cast<Raw>(to.raw()));
+}
+
+/// Atomic: false if the entry of that step is not `step.entry` any more. It lies in RAM.
+bool exchange_entry(const GuestMemory& memory, const GuestWalk::Step& step, GuestEntry to) {
+    const auto bytes = memory.range(step.slot, step.level->entry_bytes);
+    return step.level->entry_bytes == sizeof(std::uint32_t)
+               ? exchange_entry<std::uint32_t>(bytes, step.entry, to)
+               : exchange_entry<std::uint64_t>(bytes, step.entry, to);
 }
 
 /// Whether PKRU keeps the access from a user-mode address with this key (Intel SDM vol. 3A, 4.6.2).
@@ -69,7 +75,7 @@ std::optional<std::array<std::uint64_t, 4>> load_pdptes(const GuestMemory& memor
     const GuestPhys pdpt(cr3 & 0xffff'ffe0);
     std::array<std::uint64_t, 4> pdptes{};
     for (std::size_t i = 0; i < pdptes.size(); ++i) {
-        const auto entry = load_entry<std::uint64_t>(memory, pdpt + i * sizeof(std::uint64_t));
+        const auto entry = entry_at(memory, pdpt + i * sizeof(std::uint64_t), sizeof(std::uint64_t));
         if (entry.present() && (entry.raw() & reserved_bits(paging, paging_pae.root(), entry)) != 0)
             return std::nullopt;
         pdptes.at(i) = entry.raw();
@@ -107,11 +113,8 @@ GuestWalk walk_guest(const GuestMemory& memory, const GuestPaging& paging, Guest
         result.no_execute |= entry.no_execute();
         return WalkNext::descend;
     };
-    const auto read_8 = [&memory](const Level&, GuestPhys slot) {
-        return load_entry<std::uint64_t>(memory, slot);
-    };
-    const auto read_4 = [&memory](const Level&, GuestPhys slot) {
-        return load_entry<std::uint32_t>(memory, slot);
+    const auto read = [&memory](const Level& level, GuestPhys slot) {
+        return entry_at(memory, slot, level.entry_bytes);
     };
     bool complete = false;
     if (format.root().in_registers) { // a step of its own: no table is read
@@ -119,11 +122,9 @@ GuestWalk walk_guest(const GuestMemory& memory, const GuestPaging& paging, Guest
         const GuestEntry pdpte(paging.pdptes[index]);
         const GuestPhys slot = paging.pdpt + index * sizeof(std::uint64_t);
         complete = visit({&format.root(), slot, pdpte, at}) == WalkNext::descend &&
-                   walk(format, pdpte.table(), at, at, read_8, visit, 1);
-    } else if (format.root().entry_bytes == sizeof(std::uint32_t)) {
-        complete = walk(format, paging.root, at, at, read_4, visit);
+                   walk(format, pdpte.table(), at, at, read, visit, 1);
     } else {
-        complete = walk(format, paging.root, at, at, read_8, visit);
+        complete = walk(format, paging.root, at, at, read, visit);
     }
     if (!complete)
         return result;
@@ -154,9 +155,7 @@ bool set_accessed_dirty(const GuestMemory& memory, GuestWalk& walk, bool write) 
             step.entry.with(entry_bit::accessed | (leaf && write ? entry_bit::dirty : std::uint64_t{0}));
         if (wanted == step.entry || step.level->in_registers)
             continue;
-        if (!(step.level->entry_bytes == sizeof(std::uint64_t)
-                  ? exchange_entry<std::uint64_t>(memory, step.slot, step.entry, wanted)
-                  : exchange_entry<std::uint32_t>(memory, step.slot, step.entry, wanted)))
+        if (!exchange_entry(memory, step, wanted))
             return false;
         step.entry = wanted;
     }

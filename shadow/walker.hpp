@@ -30,17 +30,21 @@ struct WalkStep {
         address; ///< inside the walked range: the range's start, or the first address of the entry's span
 };
 
+/// Fetches an entry of level.entry_bytes: called once for each visit, and the visitor's copy is what is used.
+template<class Read, class Space>
+concept EntryReader = std::same_as<std::invoke_result_t<Read&, const Level&, Address<Space>>, Entry<Space>>;
+
+template<class Visit, class Space>
+concept EntryVisitor = requires(Visit& visit, const WalkStep<Space>& step) {
+    { visit(step) } -> std::same_as<WalkNext>;
+};
+
 /// Walks [first, last] (both inclusive; canonical, and within one half of the canonical space) below `table`,
-/// a table of format.levels[depth]. A format without levels has nothing to visit.
-/// `read(const Level&, Address<Space>) -> Entry<Space>` fetches an entry of level.entry_bytes, once per
-/// visit: the visitor's copy is what is used. `visit(const WalkStep<Space>&) -> WalkNext`. False if the
-/// visitor stopped the walk.
-template<class Space, class Read, class Visit>
-requires std::same_as<std::invoke_result_t<Read&, const Level&, Address<Space>>, Entry<Space>> &&
-    std::same_as < std::invoke_result_t < Visit&,
-    const WalkStep<Space>
-& >, WalkNext > bool walk(const PagingFormat& format, Frame<Space> table, GuestVirt first, GuestVirt last,
-                          Read&& read, Visit&& visit, std::size_t depth = 0) {
+/// a table of format.levels[depth]. A format without levels has nothing to visit. False if the visitor
+/// stopped the walk.
+template<class Space, EntryReader<Space> Read, EntryVisitor<Space> Visit>
+bool walk(const PagingFormat& format, Frame<Space> table, GuestVirt first, GuestVirt last, Read&& read,
+          Visit&& visit, std::size_t depth = 0) {
     if (depth == format.levels.size())
         return true;
     const Level& level = format.levels[depth];
