@@ -221,8 +221,7 @@ Monitor::Step Monitor::enter() {
         switcher_.place(placed_slot_);
         refresh_control(); // breakpoints
     }
-    if (!cpu_.nmi_blocked)
-        machine_.vcpu().unblock_nmi();
+    machine_.vcpu().unblock_nmi();
     // Where ring 0 goes on with the guest, a debt wakes it at once, as a CPU may.
     const bool sleeping = cpu_.halted && (state.debt.none() || traits_.own_gdt);
     if (cpu_.halted) // a signal may have ended its sleep: the switcher cannot run in it
@@ -252,6 +251,11 @@ Monitor::Step Monitor::enter() {
     if (!entered)
         return stop(Verdict::Kind::host_failed,
                     "the switcher did not do its work: " + machine_.vcpu().describe_exit());
+    if (note_nmi() && !cpu_.nmi_blocked) { // it came while ring 0 worked
+        if (auto verdict = deliver_nmi())
+            return verdict;
+        return enter();
+    }
     if (std::exchange(interrupt_shadow_, false))
         machine_.vcpu().set_interrupt_shadow(true);
     if (sleeping)
@@ -269,16 +273,15 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     if (trapped || !in_ring0) {
         const std::uint64_t own_flags = cpu_.rflags;
         trap = switcher_.leave(cpu_);
+        const bool nmi_came = note_nmi();
         if (single_step_)
             take_back_flags(trap, own_flags);
+        else if ((cpu_.rflags & ~own_flags & rflags::trap) != 0 && (nmi_came || vcpu.nmi_waits()))
+            cpu_.rflags &= ~rflags::trap; // KVM's, to see the end of the interrupt shadow
         if (after_access_)
             cpu_.rip = *after_access_;
         last_rip_ = std::exchange(trap_.rip, GuestVirt(cpu_.rip));
         tell_alignment_check();
-    }
-    if (switcher_.nmi_came()) {
-        vcpu.nmi_taken();
-        nmi_pending_ = true;
     }
     Step verdict;
     bool entered = true; // the machine only needs to be run again
@@ -612,6 +615,7 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
     case Vector::nmi:
         machine_.vcpu().nmi_taken();
         nmi_pending_ = true;
+        cpu_.halted = was_halted_; // unless it is delivered
         return deliver_nmi();
     case Vector::alignment_check:
         if (switcher_.absorb_alignment_check(cpu_)) {
@@ -695,7 +699,16 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
         emulation);
 }
 
-/// An NMI that has come, once the guest's CPU admits it.
+/// Takes an NMI that met the machine in ring 0 for the guest: whether there was one.
+bool Monitor::note_nmi() {
+    if (!switcher_.nmi_came())
+        return false;
+    machine_.vcpu().nmi_taken();
+    return nmi_pending_ = true;
+}
+
+/// An NMI that has come, once the guest's CPU admits it. It is here that further ones are held back, and not
+/// in the machine: a KVM that waits for an IRET to inject one sets RFLAGS.TF for it, and that IRET traps.
 Monitor::Step Monitor::deliver_nmi() {
     if (!nmi_pending_ || cpu_.nmi_blocked)
         return std::nullopt;

@@ -47,6 +47,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     Step handle_trap(const Trap& trap);
     Step handle_page_fault(const Trap& trap);
     Step handle_exception(const Trap& trap);
+    bool note_nmi();
     Step deliver_nmi();
     Step deliver_step();
     [[nodiscard]] bool steps(const emulated::Done& done, bool stepping) const;

@@ -619,6 +619,11 @@ void Vcpu::unblock_nmi() {
     (void)control(file_, KVM_SET_VCPU_EVENTS, &events);
 }
 
+bool Vcpu::nmi_waits() const {
+    kvm_vcpu_events events{};
+    return control(file_, KVM_GET_VCPU_EVENTS, &events) == 0 && events.nmi.pending != 0;
+}
+
 void Vcpu::set_debug_registers(const std::array<std::uint64_t, 4>& addresses, std::uint64_t dr7) {
     constexpr std::uint64_t dr6_nothing = 0xffff'0ff0;
     kvm_debugregs registers{};
