@@ -157,7 +157,7 @@ TEST_F(AcpiTablesTest, FacsIsAlignedAndAwake) {
 }
 
 TEST_F(AcpiTablesTest, MadtListsTheInterruptControllers) {
-    write({.cpus = 3, .timer_pin = 2});
+    write({.cpus = 3});
     const std::uint64_t madt = tables().at("APIC");
     EXPECT_EQ(number(madt + 36, 4), 0xfee0'0000U);
     EXPECT_EQ(number(madt + 40, 4), 1U) << "PCAT_COMPAT";
@@ -291,7 +291,7 @@ TEST_F(PlatformTablesTest, MpFloatingPointerIsInOrder) {
 
 TEST_F(PlatformTablesTest, MpTableListsTheMachine) {
     constexpr std::uint64_t table = 0xf8010;
-    put(table - 16, make_mp_table(GuestPhys{table - 16}, {.cpus = 2, .timer_pin = 2}));
+    put(table - 16, make_mp_table(GuestPhys{table - 16}, {.cpus = 2}));
     const std::uint64_t length = number(table + 4, 2);
     EXPECT_EQ(text(table, 4), "PCMP");
     EXPECT_EQ(number(table + 6, 1), 4U);

@@ -52,6 +52,7 @@ class WithArray {
 };
 using CpuidList = WithArray<kvm_cpuid2, kvm_cpuid_entry2>;
 using MsrList = WithArray<kvm_msrs, kvm_msr_entry>;
+using RouteList = WithArray<kvm_irq_routing, kvm_irq_routing_entry>;
 
 kvm_segment to_kvm(const Segment& segment) {
     kvm_segment out{};
@@ -298,6 +299,7 @@ void Vm::allow_shadow_pages(std::uint64_t count) {
 
 void Vm::create_interrupt_controllers() {
     must(file_, "KVM_CREATE_IRQCHIP", KVM_CREATE_IRQCHIP, 0);
+    route_lines();
     kvm_pit_config pit{};
     pit.flags = KVM_PIT_SPEAKER_DUMMY; // port 0x61 belongs to it: channel 2's gate and output
     must(file_, "KVM_CREATE_PIT2", KVM_CREATE_PIT2, &pit);
@@ -313,6 +315,30 @@ void Vm::create_interrupt_controllers() {
         (void)::ioctl(fd, KVM_REINJECT_CONTROL, &off); // if it fails, all there is is the wait at the end
     });
     (void)::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+/// As on a PC, and as QEMU has it: the PIT's line, IRQ 0, is input 2 of the I/O APIC, of whose input 0 the PIC
+/// would be the source (Intel 82371AB, 8.7.1, and MultiProcessor Specification 1.4, table 4-11).
+void Vm::route_lines() {
+    constexpr std::uint32_t timer = 0, cascade = 2, pic_inputs = 8, apic_inputs = KVM_IOAPIC_NUM_PINS;
+    RouteList list(2 * apic_inputs);
+    const auto route = [&list](std::uint32_t line, std::uint32_t chip, std::uint32_t input) {
+        kvm_irq_routing_entry& entry = list->entries[list->nr++];
+        entry.gsi = line;
+        entry.type = KVM_IRQ_ROUTING_IRQCHIP;
+        entry.u.irqchip.irqchip = chip;
+        entry.u.irqchip.pin = input;
+    };
+    for (std::uint32_t line = 0; line < apic_inputs; ++line) {
+        if (line == cascade)
+            continue;
+        if (line < pic_inputs)
+            route(line, KVM_IRQCHIP_PIC_MASTER, line);
+        else if (line < 2 * pic_inputs)
+            route(line, KVM_IRQCHIP_PIC_SLAVE, line - pic_inputs);
+        route(line, KVM_IRQCHIP_IOAPIC, line == timer ? cascade : line);
+    }
+    must(file_, "KVM_SET_GSI_ROUTING", KVM_SET_GSI_ROUTING, list.get());
 }
 
 void Vm::leave_as_a_bios_does() {

@@ -204,7 +204,8 @@ class Vm {
     /// machine's own, instead of one for each 50 pages of memory. At least 64. Ignored where KVM does not let
     /// it be set.
     void allow_shadow_pages(std::uint64_t count);
-    /// In-kernel PIC, I/O APIC, local APICs and PIT; before any vCPU. The PIT's ticks that a guest cannot
+    /// In-kernel PIC, I/O APIC, local APICs and PIT; before any vCPU. Line 0, the PIT's, is input 2 of the I/O
+    /// APIC; the others are the inputs of their number. The PIT's ticks that a guest cannot
     /// take in time are lost, as on a PC: they are not made up for. They are as a PC's BIOS leaves them: the
     /// PIT's channel 0 ticks at 18.2 Hz, in mode 3; the PICs are at vectors 0x08 and 0x70. But all of their
     /// inputs are masked: kernels for machines without a BIOS may enable interrupts and expect none.
@@ -216,6 +217,7 @@ class Vm {
     [[nodiscard]] bool has_unmaskable_input() const;
 
   private:
+    void route_lines();
     void leave_as_a_bios_does();
 
     File file_;
