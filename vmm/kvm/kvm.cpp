@@ -317,8 +317,8 @@ void Vm::create_interrupt_controllers() {
     (void)::pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
-/// As on a PC, and as QEMU has it: the PIT's line, IRQ 0, is input 2 of the I/O APIC, of whose input 0 the PIC
-/// would be the source (Intel 82371AB, 8.7.1, and MultiProcessor Specification 1.4, table 4-11).
+/// As on a PC, and as QEMU has it: the PIT's line, IRQ 0, is input 2 of the I/O APIC, of whose input 0 the
+/// PIC would be the source (Intel 82371AB, 8.7.1, and MultiProcessor Specification 1.4, table 4-11).
 void Vm::route_lines() {
     constexpr std::uint32_t timer = 0, cascade = 2, pic_inputs = 8, apic_inputs = KVM_IOAPIC_NUM_PINS;
     RouteList list(2 * apic_inputs);

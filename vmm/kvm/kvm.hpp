@@ -142,8 +142,8 @@ class Vcpu {
     void nmi_taken() { nmi_blocked_ = true; }
     /// NMIs may come again. Cheap if none has been taken.
     void unblock_nmi();
-    /// KVM has an NMI that it has not injected yet. If it is an interrupt shadow that holds it back, KVM of AMD
-    /// runs the next instruction with RFLAGS.TF set, which shows in the flags that a trap there pushes.
+    /// KVM has an NMI that it has not injected yet. If it is an interrupt shadow that holds it back, KVM of
+    /// AMD runs the next instruction with RFLAGS.TF set, which shows in the flags that a trap there pushes.
     [[nodiscard]] bool nmi_waits() const;
     /// The guest's DR0 to DR3 and DR7 for the machine, with a DR6 that tells of nothing.
     void set_debug_registers(const std::array<std::uint64_t, 4>& addresses, std::uint64_t dr7);
@@ -204,11 +204,11 @@ class Vm {
     /// machine's own, instead of one for each 50 pages of memory. At least 64. Ignored where KVM does not let
     /// it be set.
     void allow_shadow_pages(std::uint64_t count);
-    /// In-kernel PIC, I/O APIC, local APICs and PIT; before any vCPU. Line 0, the PIT's, is input 2 of the I/O
-    /// APIC; the others are the inputs of their number. The PIT's ticks that a guest cannot
-    /// take in time are lost, as on a PC: they are not made up for. They are as a PC's BIOS leaves them: the
-    /// PIT's channel 0 ticks at 18.2 Hz, in mode 3; the PICs are at vectors 0x08 and 0x70. But all of their
-    /// inputs are masked: kernels for machines without a BIOS may enable interrupts and expect none.
+    /// In-kernel PIC, I/O APIC, local APICs and PIT; before any vCPU. Line 0, the PIT's, is input 2 of the
+    /// I/O APIC; the others are the inputs of their number. The PIT's ticks that a guest cannot take in time
+    /// are lost, as on a PC: they are not made up for. They are as a PC's BIOS leaves them: the PIT's channel
+    /// 0 ticks at 18.2 Hz, in mode 3; the PICs are at vectors 0x08 and 0x70. But all of their inputs are
+    /// masked: kernels for machines without a BIOS may enable interrupts and expect none.
     void create_interrupt_controllers();
     [[nodiscard]] Vcpu create_vcpu(unsigned id);
     void set_irq_line(unsigned irq, bool level);
