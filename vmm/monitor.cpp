@@ -51,7 +51,7 @@ constexpr bool audit_every_entry = true;
 #else
 constexpr bool audit_every_entry = false;
 #endif
-constexpr std::uint32_t msr_tsc = 0x10, msr_tsc_aux = 0xc0000103;
+constexpr std::uint32_t msr_tsc = 0x10, msr_tsc_adjust = 0x3b, msr_tsc_aux = 0xc0000103;
 
 MmuConfig mmu_config(const Machine& machine, const HostTraits& traits, const MonitorOptions& options) {
     MmuConfig config;
@@ -931,6 +931,10 @@ bool Monitor::write_msr(std::uint32_t index, std::uint64_t value) {
             return false;
         break;
     }
+    case MsrWrite::tsc:
+        return move_tsc(value - read_tsc());
+    case MsrWrite::tsc_adjust:
+        return move_tsc(value - vcpu.read_msr(index).value_or(0));
     case MsrWrite::machine:
         break;
     }
@@ -938,6 +942,17 @@ bool Monitor::write_msr(std::uint32_t index, std::uint64_t value) {
         return false;
     cpu_.cr8 = vcpu.cr8(); // the same register as the local APIC's task priority
     return true;
+}
+
+/// Moves the TSC and IA32_TSC_ADJUST. Of what userspace writes to these registers, KVM would take a TSC of
+/// about the value that it has, or of 0, for an attempt to make vCPUs agree, and move none for the other.
+bool Monitor::move_tsc(std::uint64_t distance) {
+    Vcpu& vcpu = machine_.vcpu();
+    if (const auto adjusted = vcpu.read_msr(msr_tsc_adjust))
+        (void)vcpu.write_msr(msr_tsc_adjust, *adjusted + distance); // is only kept
+    if (const auto offset = vcpu.tsc_offset())
+        return vcpu.set_tsc_offset(*offset + distance);
+    return vcpu.write_msr(msr_tsc, read_tsc() + distance);
 }
 
 /// The TSC as RDTSC reads it where it does not trap: KVM may have given the machine an offset.

@@ -85,6 +85,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     bool write_msr(std::uint32_t index, std::uint64_t value) override;
     bool write_xcr0(std::uint64_t value) override { return machine_.vcpu().write_xcr0(value); }
     std::uint64_t read_tsc() override;
+    bool move_tsc(std::uint64_t distance);
     void paging_changed(const PagingChange& change) override;
     std::optional<std::array<std::uint64_t, 4>> pdptes(std::uint64_t cr3) override;
     CpuidResult cpuid(std::uint32_t leaf, std::uint32_t subleaf) override;

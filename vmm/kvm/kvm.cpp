@@ -185,6 +185,14 @@ void put_legacy(const ExtendedState& state, std::span<std::byte> area) {
 constexpr std::uint64_t sync_general = KVM_SYNC_X86_REGS;
 constexpr std::uint64_t sync_system = KVM_SYNC_X86_SREGS;
 
+kvm_device_attr tsc_offset_attribute(std::uint64_t& offset) {
+    kvm_device_attr attribute{};
+    attribute.group = KVM_VCPU_TSC_CTRL;
+    attribute.attr = KVM_VCPU_TSC_OFFSET;
+    attribute.addr = reinterpret_cast<std::uint64_t>(&offset);
+    return attribute;
+}
+
 /// An entry of an APIC's interrupt tables (Intel SDM vol. 3A, 11.5.1) that is not masked and sends something
 /// else than interrupts: an SMI, an NMI or an INIT.
 bool is_unmaskable(std::uint32_t entry) {
@@ -723,6 +731,17 @@ bool Vcpu::write_msr(std::uint32_t index, std::uint64_t value) {
 std::optional<std::uint32_t> Vcpu::tsc_khz() const {
     const int khz = control(file_, KVM_GET_TSC_KHZ, 0);
     return khz > 0 ? std::optional(static_cast<std::uint32_t>(khz)) : std::nullopt;
+}
+
+std::optional<std::uint64_t> Vcpu::tsc_offset() const {
+    std::uint64_t offset = 0;
+    kvm_device_attr attribute = tsc_offset_attribute(offset);
+    return control(file_, KVM_GET_DEVICE_ATTR, &attribute) == 0 ? std::optional(offset) : std::nullopt;
+}
+
+bool Vcpu::set_tsc_offset(std::uint64_t offset) {
+    kvm_device_attr attribute = tsc_offset_attribute(offset);
+    return control(file_, KVM_SET_DEVICE_ATTR, &attribute) == 0;
 }
 
 bool Vcpu::write_xcr0(std::uint64_t value) {

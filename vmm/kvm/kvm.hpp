@@ -166,6 +166,10 @@ class Vcpu {
     [[nodiscard]] bool write_msr(std::uint32_t index, std::uint64_t value);
     /// KVM_GET_TSC_KHZ: the rate of the machine's TSC; nothing if KVM does not know it.
     [[nodiscard]] std::optional<std::uint32_t> tsc_khz() const;
+    /// KVM_VCPU_TSC_OFFSET: what the machine's TSC is ahead of the host's, modulo 2^64; nothing or false if
+    /// KVM does not tell (before Linux 5.16).
+    [[nodiscard]] std::optional<std::uint64_t> tsc_offset() const;
+    [[nodiscard]] bool set_tsc_offset(std::uint64_t offset);
     [[nodiscard]] bool write_xcr0(std::uint64_t value);
     [[nodiscard]] std::optional<std::uint64_t> read_xcr0() const;
     /// KVM_GET_XSAVE; nothing if KVM refuses.
