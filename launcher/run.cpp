@@ -471,6 +471,7 @@ Ending run_once(Session& session) {
                                   .serial_output = output.sink(),
                                   .debug_output = output.sink(),
                                   .fw_cfg = fw_cfg_files(options),
+                                  .test_device = !options.device.empty(),
                                   .keyboard = options.keyboard});
     const auto screen = [&machine] {
         return vga_screen(machine.memory(), machine.platform().vga_text_state());

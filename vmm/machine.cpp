@@ -73,6 +73,8 @@ PlatformConfig platform_config(MachineConfig& config, Vm& vm, const GuestMemory&
     platform.fw_cfg.memory = memory;
     platform.fw_cfg.files = std::move(config.fw_cfg);
     platform.type_input = config.keyboard;
+    if (config.test_device)
+        platform.test_device = [&vm](unsigned irq, bool level) { vm.set_irq_line(irq, level); };
     const auto map = e820_map(memory);
     const auto entries = std::as_bytes(std::span(map));
     platform.fw_cfg.files.push_back({"etc/e820", {entries.begin(), entries.end()}});

@@ -25,6 +25,7 @@ struct MachineConfig {
     OutputSink serial_output;
     OutputSink debug_output;
     std::vector<FwCfgFile> fw_cfg{}; ///< the user's items
+    bool test_device = false;        ///< there is a TestDevice
     bool keyboard = false;           ///< input() types on the keyboard instead of into the serial port
 };
 

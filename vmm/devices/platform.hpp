@@ -20,6 +20,7 @@
 #include "vmm/devices/output.hpp"
 #include "vmm/devices/rtc.hpp"
 #include "vmm/devices/serial.hpp"
+#include "vmm/devices/test_device.hpp"
 #include "vmm/devices/vga.hpp"
 
 #include <compare>
@@ -59,7 +60,8 @@ struct PlatformConfig {
     InterruptLine keyboard_interrupt{};                    ///< IRQ 1
     MonotonicClock timer = std::chrono::steady_clock::now; ///< of ACPI
     FwCfgConfig fw_cfg{};
-    bool type_input = false; ///< receive() is the keyboard's, not the serial port's
+    bool type_input = false;      ///< receive() is the keyboard's, not the serial port's
+    InterruptLines test_device{}; ///< the interrupt lines of a TestDevice; empty: there is none
 };
 
 /// Accesses that no device answered. They read all-ones, as a bus does that nobody drives.
@@ -145,6 +147,7 @@ class Platform {
     std::uint32_t read_pci(Port port, unsigned size);
     void write_pci(Port port, unsigned size, std::uint32_t value);
 
+    [[nodiscard]] std::span<std::byte> device_memory(GuestPhys at, std::size_t size);
     void sleep(std::uint8_t type);
     void end_run(GuestExit how);
     [[nodiscard]] Serial& serial(Port port);
@@ -157,6 +160,7 @@ class Platform {
     Vga vga_;
     FwCfg fw_cfg_;
     AcpiPm acpi_;
+    std::optional<TestDevice> test_device_;
     bool type_input_;
     std::uint8_t control_a_ = 0x02; ///< port 0x92: A20 open
     std::uint8_t reset_control_ = 0;
