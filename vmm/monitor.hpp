@@ -25,7 +25,7 @@ struct MonitorOptions {
     DebugFrontend* frontend = nullptr; ///< outlives the monitor; nullptr: no debugger
 };
 
-class Monitor final : public Engine, private CpuEnvironment, private StoreObserver {
+class Monitor final : public Engine, private CpuEnvironment, private GuestBus {
   public:
     /// `machine` has a pool for shadow tables.
     Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& boot, MonitorOptions options = {});
@@ -93,6 +93,12 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     std::uint64_t cr4_allowed() override { return features_.cr4; }
 
     void stored(GuestPhys at, std::optional<GuestVirt> linear, std::size_t size) override;
+    void read_device(GuestPhys at, std::span<std::byte> into) override {
+        machine_.platform().mmio_read(at, into);
+    }
+    void write_device(GuestPhys at, std::span<const std::byte> from) override {
+        machine_.platform().mmio_write(at, from);
+    }
 
     [[nodiscard]] GuestSpace space() { return {machine_.memory(), paging(), this}; }
 

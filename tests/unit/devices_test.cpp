@@ -4,8 +4,10 @@
 #include <array>
 #include <chrono>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -762,6 +764,70 @@ TEST_F(DevicesTest, EveryPortAnswersEverySize) {
             }
             out(static_cast<std::uint16_t>(port), value, size);
         }
+}
+
+// --- QEMU's device for programs that test hypervisors
+
+class TestDeviceTest : public DevicesTest {
+  protected:
+    TestDeviceTest() {
+        PlatformConfig with = config();
+        with.test_device = [this](unsigned line, bool level) { lines.emplace_back(line, level); };
+        device.emplace(std::move(with));
+    }
+    std::uint32_t in(std::uint16_t port, unsigned size = 1) { return device->port_read(Port{port}, size); }
+    void out(std::uint16_t port, std::uint32_t value, unsigned size = 1) {
+        device->port_write(Port{port}, size, value);
+    }
+    std::optional<Platform> device;
+    std::vector<std::pair<unsigned, bool>> lines;
+};
+
+TEST_F(TestDeviceTest, RegisterOfFourBytesTwice) {
+    out(0xe0, 0x4433'2211, 4);
+    EXPECT_EQ(in(0xe0, 4), 0x4433'2211U);
+    out(0xe9, 0xaa);
+    out(0xea, 0xccbb, 2);
+    EXPECT_EQ(in(0xe8, 4), 0xccbb'aa11U);
+    EXPECT_EQ(in(0xe1, 2), 0xbbaaU);
+    EXPECT_EQ(in(0xe3, 2), 0xccU); // the register ends
+    out(0xe4, 0x12345, 4);         // a page's address
+    EXPECT_EQ(in(0xe4, 4), 0U);
+    EXPECT_EQ(in(0xe0, 4), 0xccbb'aa11U);
+    EXPECT_EQ(device->unclaimed(), UnclaimedAccesses{});
+}
+
+TEST_F(TestDeviceTest, PortsAreInterruptLines) {
+    out(0x2000, 1);
+    out(0x200e, 0xff);
+    out(0x2017, 0);
+    EXPECT_EQ(lines, (std::vector<std::pair<unsigned, bool>>{{0, true}, {14, true}, {23, false}}));
+    out(0x2018, 1);
+    EXPECT_EQ(lines.size(), 3U);
+    EXPECT_EQ(device->unclaimed().port_writes, 1U);
+}
+
+TEST_F(TestDeviceTest, MemoryKeepsWhatIsWritten) {
+    constexpr GuestPhys first{0xff00'0000}, last = first + 0xffff;
+    std::array<std::byte, 2> two{std::byte{1}, std::byte{2}}, got{};
+    device->mmio_write(last - 1, two);
+    device->mmio_read(last - 1, got);
+    EXPECT_EQ(got, two);
+    EXPECT_EQ(device->unclaimed(), UnclaimedAccesses{});
+    device->mmio_read(last, got); // reaches beyond
+    device->mmio_write(first - 1, two);
+    EXPECT_EQ(got, (std::array{std::byte{0xff}, std::byte{0xff}}));
+    EXPECT_EQ(device->unclaimed(), (UnclaimedAccesses{.mmio_reads = 1, .mmio_writes = 1}));
+}
+
+TEST_F(DevicesTest, WithoutTheTestDeviceNothingAnswersThere) {
+    std::array<std::byte, 2> two{};
+    platform.mmio_read(GuestPhys{0xff00'0000}, two);
+    EXPECT_EQ(two, (std::array{std::byte{0xff}, std::byte{0xff}}));
+    EXPECT_EQ(in(0xe0), 0xffU);
+    EXPECT_EQ(in(0xe9), 0xe9U); // the debug console
+    out(0x2000, 1);
+    EXPECT_EQ(platform.unclaimed().port_writes, 1U);
 }
 
 } // namespace
