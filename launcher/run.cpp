@@ -529,6 +529,9 @@ Ending run_once(Session& session) {
     }
 
     log_line(verdict.kind == Verdict::Kind::passed ? LogLevel::info : LogLevel::error, describe(verdict));
+    if (const auto& refusal = engine->refusal(); refusal && verdict.kind != Verdict::Kind::passed)
+        log_info("hint: the guest's CPU refused an instruction at {:#x} that takes '{}': try --cpu +{}",
+                 refusal->rip.value(), name(refusal->feature), name(refusal->feature));
     if (!output.failure().empty())
         log_warning("some of the guest's output was lost: {}", output.failure());
     if (wants_report(verdict, options.engine))

@@ -251,6 +251,14 @@ bool has(const Feature& feature, bool offered, std::optional<bool> wanted, bool 
 
 } // namespace
 
+std::string_view name(CpuFeature which) {
+    return feature(which).name;
+}
+
+std::uint64_t cr4_bit(CpuFeature which) {
+    return feature(which).cr4;
+}
+
 std::string cpu_feature_names() {
     std::string names;
     for (const Feature& feature : features)

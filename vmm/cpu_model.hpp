@@ -49,6 +49,9 @@ class CpuChoice {
     std::array<std::optional<bool>, cpu_feature_count> wanted_;
 };
 
+/// The feature's name, and the CR4 bit that a kernel sets to use it; 0 if there is none.
+[[nodiscard]] std::string_view name(CpuFeature feature);
+[[nodiscard]] std::uint64_t cr4_bit(CpuFeature feature);
 /// The names that CpuChoice::parse knows, separated by commas.
 [[nodiscard]] std::string cpu_feature_names();
 

@@ -1,5 +1,6 @@
 #include "vmm/monitor.hpp"
 
+#include "vmm/missing_feature.hpp"
 #include "vmm/msr_policy.hpp"
 #include "vmm/segmentation.hpp"
 #include "vmm/switcher_layout.h"
@@ -661,7 +662,7 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
                 return done.interrupt_shadow ? std::nullopt : run_ahead(); // in it the guest must run
             },
             [&](const emulated::Raised& raised) -> Step {
-                return deliver_event(Event::of(raised.exception), TrapReason::instruction);
+                return deliver_refusal(Event::of(raised.exception), TrapReason::instruction);
             },
             [&](const emulated::SoftwareEvent& software) -> Step {
                 return deliver_event(software.event, TrapReason::instruction);
@@ -693,10 +694,23 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
                             fmt::format("umbra does not emulate this instruction: {}", unsupported.what));
             },
             [&](const emulated::NotSensitive&) -> Step {
-                return deliver_event(original, TrapReason::exception);
+                return deliver_refusal(original, TrapReason::exception);
             },
         },
         emulation);
+}
+
+/// The instruction at RIP was refused by this exception.
+Monitor::Step Monitor::deliver_refusal(const Event& event, TrapReason reason) {
+    std::array<std::byte, ahead_bytes> code{};
+    const std::uint64_t base = cpu_.cs.long_mode ? 0 : cpu_.cs.base;
+    const std::size_t got = space().peek(GuestVirt(cpu_.rip + base), code);
+    std::optional<Refusal> refusal;
+    if (const auto feature = missing_feature(cpu_, std::span(code).first(got), features_))
+        refusal = {*feature, GuestVirt(cpu_.rip)};
+    Step verdict = deliver_event(event, reason);
+    refusal_ = refusal;
+    return verdict;
 }
 
 /// Takes an NMI that met the machine in ring 0 for the guest: whether there was one.
@@ -788,6 +802,8 @@ bool Monitor::continue_output() {
 }
 
 Monitor::Step Monitor::deliver_event(const Event& event, TrapReason reason) {
+    if (reason != TrapReason::interrupt)
+        refusal_.reset();
     trap_.reason = reason;
     trap_.action = TrapAction::deliver;
     trap_.vector = event.vector;

@@ -58,6 +58,7 @@ class Monitor final : public Engine, private CpuEnvironment, private GuestBus {
     [[nodiscard]] Step run_ahead();
     bool continue_output();
     Step deliver_event(const Event& event, TrapReason reason);
+    Step deliver_refusal(const Event& event, TrapReason reason);
     Step finish_user_entry();
     Step complete_event(const Event& event);
     void take_back_flags(const Trap& trap, std::uint64_t own);
