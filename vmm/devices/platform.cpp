@@ -86,8 +86,8 @@ Platform::Platform(PlatformConfig config)
     : serial_(std::move(config.serial_output), std::move(config.serial_interrupt)),
       second_serial_(std::move(config.second_serial_output), std::move(config.second_serial_interrupt)),
       debug_console_(std::move(config.debug_output)), keyboard_(std::move(config.keyboard_interrupt)),
-      rtc_(std::move(config.clock), config.low_memory, config.high_memory), fw_cfg_(std::move(config.fw_cfg)),
-      acpi_(std::move(config.timer)), type_input_(config.type_input) {
+      rtc_(std::move(config.clock), std::move(config.rtc_interrupt), config.low_memory, config.high_memory),
+      fw_cfg_(std::move(config.fw_cfg)), acpi_(std::move(config.timer)), type_input_(config.type_input) {
     if (config.test_device)
         test_device_.emplace(std::move(config.test_device));
 }

@@ -2,7 +2,7 @@
 // guest ends its own run.
 //
 //   0x60 0x64          8042 keyboard controller, IRQ 1     0x3c0-0x3df   VGA
-//   0x70 0x71          RTC and CMOS                        0x3f8-0x3ff   16550A serial port, IRQ 4
+//   0x70 0x71          RTC and CMOS, IRQ 8                 0x3f8-0x3ff   16550A serial port, IRQ 4
 //   0x80               POST code: dropped                  0x510-0x51b   fw_cfg
 //   0x92               system control port A               0x600-0x60b   ACPI: events, power-off, timer
 //   0xe9               debug console                       0xb004        ACPI power-off of older PCs
@@ -58,6 +58,7 @@ struct PlatformConfig {
     OutputSink second_serial_output{};
     InterruptLine second_serial_interrupt{};               ///< IRQ 3
     InterruptLine keyboard_interrupt{};                    ///< IRQ 1
+    InterruptLine rtc_interrupt{};                         ///< IRQ 8; from RtcTimer's thread, too
     MonotonicClock timer = std::chrono::steady_clock::now; ///< of ACPI
     FwCfgConfig fw_cfg{};
     bool type_input = false;      ///< receive() is the keyboard's, not the serial port's
@@ -104,6 +105,8 @@ class Platform {
     /// `observer` hears of what devices write to RAM, on the thread that runs the vCPU; an empty one ends
     /// that.
     void observe_dma(DmaObserver observer) { fw_cfg_.observe(std::move(observer)); }
+
+    [[nodiscard]] Rtc& rtc() { return rtc_; }
 
     /// For vga_screen(). Any thread.
     [[nodiscard]] VgaTextState vga_text_state() const { return vga_.text_state(); }
