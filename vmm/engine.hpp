@@ -70,6 +70,11 @@ class Engine {
             verdict.reset();
         return verdict;
     }
+    /// The verdict if Vcpu::was_reset().
+    Verdict stop_at_init() {
+        trap_.reason = TrapReason::signal;
+        return stop(Verdict::Kind::reset, "its local APIC has taken an INIT");
+    }
     /// The verdict of a run that cannot go on.
     Verdict stop(Verdict::Kind kind, std::string reason) {
         trap_.action = TrapAction::stop;

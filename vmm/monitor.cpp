@@ -249,6 +249,8 @@ Monitor::Step Monitor::enter() {
     state.debt.paid();
     cpu_.rflags = flags;
     cpu_.rip = rip;
+    if (!entered && machine_.vcpu().was_reset())
+        return stop_at_init();
     if (!entered)
         return stop(Verdict::Kind::host_failed,
                     "the switcher did not do its work: " + machine_.vcpu().describe_exit());
@@ -267,6 +269,11 @@ Monitor::Step Monitor::enter() {
 Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     Vcpu& vcpu = machine_.vcpu();
     begin_trap();
+    if (vcpu.was_reset()) {
+        Verdict verdict = stop_at_init();
+        end_trap();
+        return verdict;
+    }
     // In ring 0 the machine is in the switcher: at the end of a trap, or on its way into the guest.
     const bool in_ring0 = switcher_.in_ring0();
     const bool trapped = reason == ExitReason::port && in_ring0 && vcpu.port_exit().port == TRAP_PORT;

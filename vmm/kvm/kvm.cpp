@@ -457,6 +457,13 @@ MmioExit Vcpu::mmio_exit() const {
         MachinePhys(mmio.phys_addr), mmio.is_write != 0, {reinterpret_cast<std::byte*>(mmio.data), mmio.len}};
 }
 
+bool Vcpu::was_reset() const {
+    constexpr std::uint16_t reset_cs = 0xf000;
+    constexpr std::uint64_t reset_rip = 0xfff0;
+    return (run_->s.regs.sregs.cr0 & cr0::pe) == 0 && selector(SegmentName::cs) == reset_cs &&
+           rip() == reset_rip;
+}
+
 std::string Vcpu::describe_exit() const {
     if (error_ != 0)
         return fmt::format("KVM_RUN failed: {}", std::strerror(error_));

@@ -99,6 +99,9 @@ class Vcpu {
 
     [[nodiscard]] PortExit port_exit() const;
     [[nodiscard]] MmioExit mmio_exit() const;
+    /// Whether it is at its reset vector: an INIT has come by its local APIC (Intel SDM vol. 3A, 9.1.4), and
+    /// what its registers held is lost.
+    [[nodiscard]] bool was_reset() const;
     /// The last exit in words, for reports.
     [[nodiscard]] std::string describe_exit() const;
 
