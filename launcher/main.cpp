@@ -111,6 +111,11 @@ void add_platform_options(CLI::App& run, RunOptions& options) {
         ->type_name("ITEM")
         ->allow_extra_args(false)
         ->group(group);
+    run.add_option("--device", options.device,
+                   "A device besides: pc-testdev, QEMU's for programs that test hypervisors")
+        ->type_name("NAME")
+        ->check(CLI::IsMember({"pc-testdev"}))
+        ->group(group);
 }
 
 /// How the guest's page tables are shadowed, and what is watched there.

@@ -471,6 +471,7 @@ Ending run_once(Session& session) {
                                   .serial_output = output.sink(),
                                   .debug_output = output.sink(),
                                   .fw_cfg = fw_cfg_files(options),
+                                  .test_device = !options.device.empty(),
                                   .keyboard = options.keyboard});
     const auto screen = [&machine] {
         return vga_screen(machine.memory(), machine.platform().vga_text_state());
@@ -528,6 +529,9 @@ Ending run_once(Session& session) {
     }
 
     log_line(verdict.kind == Verdict::Kind::passed ? LogLevel::info : LogLevel::error, describe(verdict));
+    if (const auto& refusal = engine->refusal(); refusal && verdict.kind != Verdict::Kind::passed)
+        log_info("hint: the guest's CPU refused an instruction at {:#x} that takes '{}': try --cpu +{}",
+                 refusal->rip.value(), name(refusal->feature), name(refusal->feature));
     if (!output.failure().empty())
         log_warning("some of the guest's output was lost: {}", output.failure());
     if (wants_report(verdict, options.engine))

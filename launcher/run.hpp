@@ -29,6 +29,7 @@ struct RunOptions {
     bool serial_input = true;        ///< with `serial` stdio or `keyboard`: standard input goes to the guest
     std::string screen;              ///< where the text screen goes at the end; empty: nowhere
     std::vector<std::string> fw_cfg; ///< items: see parse_fw_cfg
+    std::string device;              ///< pc-testdev, or empty
     std::string trace;
     std::string expect;
     std::string cpu;                ///< see CpuChoice::parse; empty: nothing chosen

@@ -251,6 +251,14 @@ bool has(const Feature& feature, bool offered, std::optional<bool> wanted, bool 
 
 } // namespace
 
+std::string_view name(CpuFeature which) {
+    return feature(which).name;
+}
+
+std::uint64_t cr4_bit(CpuFeature which) {
+    return feature(which).cr4;
+}
+
 std::string cpu_feature_names() {
     std::string names;
     for (const Feature& feature : features)
@@ -327,6 +335,11 @@ CpuFeatures guest_features(std::span<const CpuidLeaf> leaves, const CpuChoice& c
     result.x2apic = offers(CpuFeature::x2apic);
     result.tsc_deadline = offers(CpuFeature::tsc_deadline);
     result.kvmclock = offers(CpuFeature::kvmclock);
+    result.tsc_adjust = (leaf(7).ebx & bit(1)) != 0;
+    result.mtrr = (leaf(1).edx & bit(12)) != 0;
+    result.machine_checks = (leaf(1).edx & bit(14)) != 0;
+    result.arch_capabilities = (leaf(7).edx & bit(29)) != 0;
+    result.osvw = (leaf(extended_features).ecx & bit(9)) != 0;
     result.cr4 =
         cr4_offered(leaf(1).ecx, leaf(7).ebx, leaf(7).ecx) | cr4::umip; // which the monitor does itself
     for (std::size_t i = 0; i < features.size(); ++i)

@@ -49,6 +49,9 @@ class CpuChoice {
     std::array<std::optional<bool>, cpu_feature_count> wanted_;
 };
 
+/// The feature's name, and the CR4 bit that a kernel sets to use it; 0 if there is none.
+[[nodiscard]] std::string_view name(CpuFeature feature);
+[[nodiscard]] std::uint64_t cr4_bit(CpuFeature feature);
 /// The names that CpuChoice::parse knows, separated by commas.
 [[nodiscard]] std::string cpu_feature_names();
 
@@ -73,8 +76,9 @@ class CpuChoice {
 struct CpuFeatures {
     unsigned physical_bits = 0; ///< MAXPHYADDR
     bool gigabyte_pages = false;
-    std::uint64_t cr4 = 0;                                       ///< the bits that may be set
-    bool x2apic = false, tsc_deadline = false, kvmclock = false; ///< whose MSRs are there
+    std::uint64_t cr4 = 0; ///< the bits that may be set
+    bool x2apic = false, tsc_deadline = false, kvmclock = false, tsc_adjust = false, mtrr = false,
+         machine_checks = false, arch_capabilities = false, osvw = false; ///< whose MSRs are there
     bool amd = false; ///< the vendor is AMD, or Hygon: MSRs that no other CPUID bit tells of
 };
 /// As the guest's CPUID says, which is `leaves`, made by guest_cpuid, or the host's own where the host does

@@ -38,6 +38,13 @@ class Engine {
     }
     [[nodiscard]] const CpuFeatures& features() const { return features_; }
     [[nodiscard]] TrapLog& log() { return log_; }
+    /// If the last exception that the guest got was by an instruction that its CPU refused for want of a
+    /// feature: which one, and where. Only the shadow engine tells.
+    struct Refusal {
+        CpuFeature feature;
+        GuestVirt rip;
+    };
+    [[nodiscard]] const std::optional<Refusal>& refusal() const { return refusal_; }
 
   protected:
     /// After every exit that has not ended the run: does what `control` asks, if anything; a verdict if that
@@ -63,6 +70,11 @@ class Engine {
             verdict.reset();
         return verdict;
     }
+    /// The verdict if Vcpu::was_reset().
+    Verdict stop_at_init() {
+        trap_.reason = TrapReason::signal;
+        return stop(Verdict::Kind::reset, "its local APIC has taken an INIT");
+    }
     /// The verdict of a run that cannot go on.
     Verdict stop(Verdict::Kind kind, std::string reason) {
         trap_.action = TrapAction::stop;
@@ -73,7 +85,8 @@ class Engine {
     VirtualCpu cpu_;
     CpuFeatures features_;
     TrapLog log_;
-    TrapRecord trap_;                       ///< of the exit that is being handled
+    TrapRecord trap_; ///< of the exit that is being handled
+    std::optional<Refusal> refusal_;
     bool debugger_calls_ = false;           ///< RunControl::debugger_calls was taken
     std::optional<StuckWatch> stuck_watch_; ///< if a guest that cannot go on is to be ended
 };

@@ -31,11 +31,13 @@ std::optional<Exception> for_each_piece(const GuestMemory& memory, const GuestPa
 std::optional<Exception> GuestSpace::read(GuestVirt at, std::span<std::byte> into, Access access) const {
     return for_each_piece(
         *memory_, paging_, translate, at, into.size(), access,
-        [&](GuestPhys, std::span<const std::byte> bytes, std::size_t offset, std::size_t length) {
-            if (bytes.empty())
-                std::memset(into.data() + offset, 0xff, length);
-            else
+        [&](GuestPhys address, std::span<const std::byte> bytes, std::size_t offset, std::size_t length) {
+            if (!bytes.empty())
                 std::memcpy(into.data() + offset, bytes.data(), length);
+            else if (bus_ != nullptr)
+                bus_->read_device(address, into.subspan(offset, length));
+            else
+                std::memset(into.data() + offset, 0xff, length);
         });
 }
 
@@ -51,11 +53,14 @@ std::optional<Exception> GuestSpace::write(GuestVirt at, std::span<const std::by
     return for_each_piece(
         *memory_, paging_, translate, at, from.size(), access,
         [&](GuestPhys address, std::span<std::byte> bytes, std::size_t offset, std::size_t length) {
-            if (bytes.empty())
+            if (bytes.empty()) {
+                if (bus_ != nullptr)
+                    bus_->write_device(address, from.subspan(offset, length));
                 return;
+            }
             std::memcpy(bytes.data(), from.data() + offset, length);
-            if (observer_ != nullptr)
-                observer_->stored(address, at + offset, length);
+            if (bus_ != nullptr)
+                bus_->stored(address, at + offset, length);
         });
 }
 

@@ -12,21 +12,25 @@
 
 namespace umbra {
 
-/// Told of what umbra itself writes into guest memory for the guest: stores that no page fault announces.
-class StoreObserver {
+/// What umbra's own accesses for the guest reach beside RAM's bytes: devices, and whoever must hear of stores
+/// that no page fault announces.
+class GuestBus {
   public:
-    StoreObserver() = default;
-    StoreObserver(const StoreObserver&) = delete;
-    StoreObserver(StoreObserver&&) = delete;
-    StoreObserver& operator=(const StoreObserver&) = delete;
-    StoreObserver& operator=(StoreObserver&&) = delete;
+    GuestBus() = default;
+    GuestBus(const GuestBus&) = delete;
+    GuestBus(GuestBus&&) = delete;
+    GuestBus& operator=(const GuestBus&) = delete;
+    GuestBus& operator=(GuestBus&&) = delete;
 
     /// `size` bytes of RAM at `at` have been written: 1 or more. By the CPU at this linear address, all in
     /// one page; or by a device, without one.
     virtual void stored(GuestPhys at, std::optional<GuestVirt> linear, std::size_t size) = 0;
+    /// Accesses to what is not RAM, each within a page.
+    virtual void read_device(GuestPhys at, std::span<std::byte> into) = 0;
+    virtual void write_device(GuestPhys at, std::span<const std::byte> from) = 0;
 
   protected:
-    ~StoreObserver() = default;
+    ~GuestBus() = default;
 };
 
 /// Accesses by the guest's own page tables, page by page; accessed and dirty bits are set as the CPU would.
@@ -35,16 +39,16 @@ class StoreObserver {
 /// A view: cheap to make for one operation from the CPU's current paging state.
 class GuestSpace {
   public:
-    /// `observer`, if there is one, outlives the view. It does not hear of accessed and dirty bits.
-    GuestSpace(const GuestMemory& memory, const GuestPaging& paging, StoreObserver* observer = nullptr)
-        : memory_(&memory), paging_(paging), observer_(observer) {}
+    /// `bus`, if there is one, outlives the view. It does not hear of accessed and dirty bits.
+    GuestSpace(const GuestMemory& memory, const GuestPaging& paging, GuestBus* bus = nullptr)
+        : memory_(&memory), paging_(paging), bus_(bus) {}
 
     /// Reads all of `into` or returns the exception that the access raises: #PF, or #GP for a non-canonical
-    /// address. Bytes outside RAM read as all-ones.
+    /// address. Outside RAM the bus answers; without one, all-ones.
     [[nodiscard]] std::optional<Exception> read(GuestVirt at, std::span<std::byte> into,
                                                 Access access = {}) const;
     /// Writes all of `from` or, when an exception is returned, nothing: every page is checked before the
-    /// first store. Bytes outside RAM are dropped. `access.write` is implied.
+    /// first store. What is outside RAM is the bus's; without one it is dropped. `access.write` is implied.
     [[nodiscard]] std::optional<Exception> write(GuestVirt at, std::span<const std::byte> from,
                                                  Access access = {}) const;
 
@@ -67,7 +71,7 @@ class GuestSpace {
   private:
     const GuestMemory* memory_;
     GuestPaging paging_;
-    StoreObserver* observer_;
+    GuestBus* bus_;
 };
 
 } // namespace umbra

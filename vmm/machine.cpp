@@ -59,7 +59,7 @@ std::vector<CpuidLeaf> give_cpuid(const Kvm& kvm, Vcpu& vcpu, const CpuChoice& c
 }
 
 PlatformConfig platform_config(MachineConfig& config, Vm& vm, const GuestMemory& memory) {
-    constexpr unsigned keyboard_irq = 1, second_serial_irq = 3, serial_irq = 4;
+    constexpr unsigned keyboard_irq = 1, second_serial_irq = 3, serial_irq = 4, rtc_irq = 8;
     const auto line = [&vm](unsigned irq) { return [&vm, irq](bool level) { vm.set_irq_line(irq, level); }; };
     PlatformConfig platform;
     platform.serial_output = std::move(config.serial_output);
@@ -67,12 +67,15 @@ PlatformConfig platform_config(MachineConfig& config, Vm& vm, const GuestMemory&
     platform.serial_interrupt = line(serial_irq);
     platform.second_serial_interrupt = line(second_serial_irq);
     platform.keyboard_interrupt = line(keyboard_irq);
+    platform.rtc_interrupt = line(rtc_irq);
     for (const GuestMemory::Region& region : memory.regions())
         (region.base < GuestPhys(std::uint64_t{1} << 32) ? platform.low_memory : platform.high_memory) +=
             region.bytes.size();
     platform.fw_cfg.memory = memory;
     platform.fw_cfg.files = std::move(config.fw_cfg);
     platform.type_input = config.keyboard;
+    if (config.test_device)
+        platform.test_device = [&vm](unsigned irq, bool level) { vm.set_irq_line(irq, level); };
     const auto map = e820_map(memory);
     const auto entries = std::as_bytes(std::span(map));
     platform.fw_cfg.files.push_back({"etc/e820", {entries.begin(), entries.end()}});
@@ -86,7 +89,7 @@ Machine::Machine(const Kvm& kvm, MachineConfig config)
       monitor_(MonitorMemory::default_base(kvm.physical_bits()), config.pool_bytes, best_pool_protection()),
       cpu_choice_(config.cpu), vm_(make_vm(kvm, memory_, monitor_, config.pool_bytes != 0)),
       vcpu_(vm_.create_vcpu(0)), cpuid_(give_cpuid(kvm, vcpu_, cpu_choice_, config.pool_bytes != 0)),
-      platform_(platform_config(config, vm_, memory_)) {}
+      platform_(platform_config(config, vm_, memory_)), rtc_timer_(platform_.rtc()) {}
 
 void Machine::complete_port_exit() {
     const PortExit exit = vcpu_.port_exit();

@@ -4,6 +4,7 @@
 #include "shadow/guest_memory.hpp"
 #include "vmm/cpu_model.hpp"
 #include "vmm/devices/platform.hpp"
+#include "vmm/devices/rtc_timer.hpp"
 #include "vmm/host_memory.hpp"
 #include "vmm/kvm/kvm.hpp"
 #include "vmm/loader/loader.hpp"
@@ -25,6 +26,7 @@ struct MachineConfig {
     OutputSink serial_output;
     OutputSink debug_output;
     std::vector<FwCfgFile> fw_cfg{}; ///< the user's items
+    bool test_device = false;        ///< there is a TestDevice
     bool keyboard = false;           ///< input() types on the keyboard instead of into the serial port
 };
 
@@ -80,6 +82,7 @@ class Machine {
     Vcpu vcpu_;
     std::vector<CpuidLeaf> cpuid_; ///< the vCPU has them
     Platform platform_;
+    RtcTimer rtc_timer_;
     std::string waiting_input_;
 };
 

@@ -1,5 +1,6 @@
 #include "vmm/monitor.hpp"
 
+#include "vmm/missing_feature.hpp"
 #include "vmm/msr_policy.hpp"
 #include "vmm/segmentation.hpp"
 #include "vmm/switcher_layout.h"
@@ -51,7 +52,7 @@ constexpr bool audit_every_entry = true;
 #else
 constexpr bool audit_every_entry = false;
 #endif
-constexpr std::uint32_t msr_tsc = 0x10, msr_tsc_aux = 0xc0000103;
+constexpr std::uint32_t msr_tsc = 0x10, msr_tsc_adjust = 0x3b, msr_tsc_aux = 0xc0000103;
 
 MmuConfig mmu_config(const Machine& machine, const HostTraits& traits, const MonitorOptions& options) {
     MmuConfig config;
@@ -221,8 +222,7 @@ Monitor::Step Monitor::enter() {
         switcher_.place(placed_slot_);
         refresh_control(); // breakpoints
     }
-    if (!cpu_.nmi_blocked)
-        machine_.vcpu().unblock_nmi();
+    machine_.vcpu().unblock_nmi();
     // Where ring 0 goes on with the guest, a debt wakes it at once, as a CPU may.
     const bool sleeping = cpu_.halted && (state.debt.none() || traits_.own_gdt);
     if (cpu_.halted) // a signal may have ended its sleep: the switcher cannot run in it
@@ -249,9 +249,16 @@ Monitor::Step Monitor::enter() {
     state.debt.paid();
     cpu_.rflags = flags;
     cpu_.rip = rip;
+    if (!entered && machine_.vcpu().was_reset())
+        return stop_at_init();
     if (!entered)
         return stop(Verdict::Kind::host_failed,
                     "the switcher did not do its work: " + machine_.vcpu().describe_exit());
+    if (note_nmi() && !cpu_.nmi_blocked) { // it came while ring 0 worked
+        if (auto verdict = deliver_nmi())
+            return verdict;
+        return enter();
+    }
     if (std::exchange(interrupt_shadow_, false))
         machine_.vcpu().set_interrupt_shadow(true);
     if (sleeping)
@@ -262,6 +269,11 @@ Monitor::Step Monitor::enter() {
 Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     Vcpu& vcpu = machine_.vcpu();
     begin_trap();
+    if (vcpu.was_reset()) {
+        Verdict verdict = stop_at_init();
+        end_trap();
+        return verdict;
+    }
     // In ring 0 the machine is in the switcher: at the end of a trap, or on its way into the guest.
     const bool in_ring0 = switcher_.in_ring0();
     const bool trapped = reason == ExitReason::port && in_ring0 && vcpu.port_exit().port == TRAP_PORT;
@@ -269,16 +281,15 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     if (trapped || !in_ring0) {
         const std::uint64_t own_flags = cpu_.rflags;
         trap = switcher_.leave(cpu_);
+        const bool nmi_came = note_nmi();
         if (single_step_)
             take_back_flags(trap, own_flags);
+        else if ((cpu_.rflags & ~own_flags & rflags::trap) != 0 && (nmi_came || vcpu.nmi_waits()))
+            cpu_.rflags &= ~rflags::trap; // KVM's, to see the end of the interrupt shadow
         if (after_access_)
             cpu_.rip = *after_access_;
         last_rip_ = std::exchange(trap_.rip, GuestVirt(cpu_.rip));
         tell_alignment_check();
-    }
-    if (switcher_.nmi_came()) {
-        vcpu.nmi_taken();
-        nmi_pending_ = true;
     }
     Step verdict;
     bool entered = true; // the machine only needs to be run again
@@ -612,6 +623,7 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
     case Vector::nmi:
         machine_.vcpu().nmi_taken();
         nmi_pending_ = true;
+        cpu_.halted = was_halted_; // unless it is delivered
         return deliver_nmi();
     case Vector::alignment_check:
         if (switcher_.absorb_alignment_check(cpu_)) {
@@ -657,7 +669,7 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
                 return done.interrupt_shadow ? std::nullopt : run_ahead(); // in it the guest must run
             },
             [&](const emulated::Raised& raised) -> Step {
-                return deliver_event(Event::of(raised.exception), TrapReason::instruction);
+                return deliver_refusal(Event::of(raised.exception), TrapReason::instruction);
             },
             [&](const emulated::SoftwareEvent& software) -> Step {
                 return deliver_event(software.event, TrapReason::instruction);
@@ -689,13 +701,35 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
                             fmt::format("umbra does not emulate this instruction: {}", unsupported.what));
             },
             [&](const emulated::NotSensitive&) -> Step {
-                return deliver_event(original, TrapReason::exception);
+                return deliver_refusal(original, TrapReason::exception);
             },
         },
         emulation);
 }
 
-/// An NMI that has come, once the guest's CPU admits it.
+/// The instruction at RIP was refused by this exception.
+Monitor::Step Monitor::deliver_refusal(const Event& event, TrapReason reason) {
+    std::array<std::byte, ahead_bytes> code{};
+    const std::uint64_t base = cpu_.cs.long_mode ? 0 : cpu_.cs.base;
+    const std::size_t got = space().peek(GuestVirt(cpu_.rip + base), code);
+    std::optional<Refusal> refusal;
+    if (const auto feature = missing_feature(cpu_, std::span(code).first(got), features_))
+        refusal = {*feature, GuestVirt(cpu_.rip)};
+    Step verdict = deliver_event(event, reason);
+    refusal_ = refusal;
+    return verdict;
+}
+
+/// Takes an NMI that met the machine in ring 0 for the guest: whether there was one.
+bool Monitor::note_nmi() {
+    if (!switcher_.nmi_came())
+        return false;
+    machine_.vcpu().nmi_taken();
+    return nmi_pending_ = true;
+}
+
+/// An NMI that has come, once the guest's CPU admits it. It is here that further ones are held back, and not
+/// in the machine: a KVM that waits for an IRET to inject one sets RFLAGS.TF for it, and that IRET traps.
 Monitor::Step Monitor::deliver_nmi() {
     if (!nmi_pending_ || cpu_.nmi_blocked)
         return std::nullopt;
@@ -775,6 +809,8 @@ bool Monitor::continue_output() {
 }
 
 Monitor::Step Monitor::deliver_event(const Event& event, TrapReason reason) {
+    if (reason != TrapReason::interrupt)
+        refusal_.reset();
     trap_.reason = reason;
     trap_.action = TrapAction::deliver;
     trap_.vector = event.vector;
@@ -918,6 +954,10 @@ bool Monitor::write_msr(std::uint32_t index, std::uint64_t value) {
             return false;
         break;
     }
+    case MsrWrite::tsc:
+        return move_tsc(value - read_tsc());
+    case MsrWrite::tsc_adjust:
+        return move_tsc(value - vcpu.read_msr(index).value_or(0));
     case MsrWrite::machine:
         break;
     }
@@ -925,6 +965,17 @@ bool Monitor::write_msr(std::uint32_t index, std::uint64_t value) {
         return false;
     cpu_.cr8 = vcpu.cr8(); // the same register as the local APIC's task priority
     return true;
+}
+
+/// Moves the TSC and IA32_TSC_ADJUST. Of what userspace writes to these registers, KVM would take a TSC of
+/// about the value that it has, or of 0, for an attempt to make vCPUs agree, and move none for the other.
+bool Monitor::move_tsc(std::uint64_t distance) {
+    Vcpu& vcpu = machine_.vcpu();
+    if (const auto adjusted = vcpu.read_msr(msr_tsc_adjust))
+        (void)vcpu.write_msr(msr_tsc_adjust, *adjusted + distance); // is only kept
+    if (const auto offset = vcpu.tsc_offset())
+        return vcpu.set_tsc_offset(*offset + distance);
+    return vcpu.write_msr(msr_tsc, read_tsc() + distance);
 }
 
 /// The TSC as RDTSC reads it where it does not trap: KVM may have given the machine an offset.

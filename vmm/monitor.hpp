@@ -25,7 +25,7 @@ struct MonitorOptions {
     DebugFrontend* frontend = nullptr; ///< outlives the monitor; nullptr: no debugger
 };
 
-class Monitor final : public Engine, private CpuEnvironment, private StoreObserver {
+class Monitor final : public Engine, private CpuEnvironment, private GuestBus {
   public:
     /// `machine` has a pool for shadow tables.
     Monitor(Machine& machine, const HostTraits& traits, const VirtualCpu& boot, MonitorOptions options = {});
@@ -47,6 +47,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     Step handle_trap(const Trap& trap);
     Step handle_page_fault(const Trap& trap);
     Step handle_exception(const Trap& trap);
+    bool note_nmi();
     Step deliver_nmi();
     Step deliver_step();
     [[nodiscard]] bool steps(const emulated::Done& done, bool stepping) const;
@@ -57,6 +58,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     [[nodiscard]] Step run_ahead();
     bool continue_output();
     Step deliver_event(const Event& event, TrapReason reason);
+    Step deliver_refusal(const Event& event, TrapReason reason);
     Step finish_user_entry();
     Step complete_event(const Event& event);
     void take_back_flags(const Trap& trap, std::uint64_t own);
@@ -84,6 +86,7 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     bool write_msr(std::uint32_t index, std::uint64_t value) override;
     bool write_xcr0(std::uint64_t value) override { return machine_.vcpu().write_xcr0(value); }
     std::uint64_t read_tsc() override;
+    bool move_tsc(std::uint64_t distance);
     void paging_changed(const PagingChange& change) override;
     std::optional<std::array<std::uint64_t, 4>> pdptes(std::uint64_t cr3) override;
     CpuidResult cpuid(std::uint32_t leaf, std::uint32_t subleaf) override;
@@ -91,6 +94,12 @@ class Monitor final : public Engine, private CpuEnvironment, private StoreObserv
     std::uint64_t cr4_allowed() override { return features_.cr4; }
 
     void stored(GuestPhys at, std::optional<GuestVirt> linear, std::size_t size) override;
+    void read_device(GuestPhys at, std::span<std::byte> into) override {
+        machine_.platform().mmio_read(at, into);
+    }
+    void write_device(GuestPhys at, std::span<const std::byte> from) override {
+        machine_.platform().mmio_write(at, from);
+    }
 
     [[nodiscard]] GuestSpace space() { return {machine_.memory(), paging(), this}; }
 

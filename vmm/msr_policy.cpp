@@ -41,7 +41,7 @@ constexpr std::array rules{
     // P5 machine-check address and type (SDM): no machine check has happened.
     MsrRule{0x0, 0x1, fixed(0), MsrWrite::refused, nullptr},
     // IA32_TIME_STAMP_COUNTER (SDM).
-    MsrRule{0x10, 0x10, machine(), MsrWrite::machine, nullptr},
+    MsrRule{0x10, 0x10, machine(), MsrWrite::tsc, nullptr},
     // Wall clock and system time by their old numbers (KVM).
     MsrRule{old_wall_clock, old_system_time, machine(), MsrWrite::machine, &CpuFeatures::kvmclock},
     // IA32_PLATFORM_ID (SDM), for microcode updates, which there are none of.
@@ -54,8 +54,8 @@ constexpr std::array rules{
     MsrRule{0x34, 0x34, fixed(0), MsrWrite::refused, nullptr},
     // IA32_FEATURE_CONTROL (SDM): locked, with nothing enabled.
     MsrRule{0x3a, 0x3a, fixed(1), MsrWrite::refused, nullptr},
-    // IA32_TSC_ADJUST (SDM): written by userspace, KVM's moves no TSC, so it must stay as it is.
-    MsrRule{0x3b, 0x3b, machine(), MsrWrite::unchanged, nullptr},
+    // IA32_TSC_ADJUST (SDM).
+    MsrRule{0x3b, 0x3b, machine(), MsrWrite::tsc_adjust, &CpuFeatures::tsc_adjust},
     // IA32_BIOS_UPDT_TRIG (SDM): no microcode is loaded.
     MsrRule{0x79, 0x79, {}, MsrWrite::ignored, nullptr},
     // IA32_BIOS_SIGN_ID (SDM), AMD's patch level. A guest writes zero before it reads; written by userspace,
@@ -67,15 +67,15 @@ constexpr std::array rules{
     // guest's kernel is, too.
     MsrRule{0xce, 0xce, fixed(0), MsrWrite::refused, nullptr},
     // IA32_MTRRCAP (SDM).
-    MsrRule{0xfe, 0xfe, machine(), MsrWrite::refused, nullptr},
+    MsrRule{0xfe, 0xfe, machine(), MsrWrite::refused, &CpuFeatures::mtrr},
     // IA32_ARCH_CAPABILITIES (SDM).
-    MsrRule{0x10a, 0x10a, machine(not_vulnerable), MsrWrite::refused, nullptr},
+    MsrRule{0x10a, 0x10a, machine(not_vulnerable), MsrWrite::refused, &CpuFeatures::arch_capabilities},
     // MISC_FEATURES_ENABLES (SDM): CPUID faulting and ring-3 MWAIT, both not there.
     MsrRule{0x140, 0x140, fixed(0), MsrWrite::unchanged, nullptr},
     // IA32_MCG_CAP (SDM): no banks of machine-check registers, so none of them exists.
-    MsrRule{0x179, 0x179, fixed(0), MsrWrite::refused, nullptr},
+    MsrRule{0x179, 0x179, fixed(0), MsrWrite::refused, &CpuFeatures::machine_checks},
     // IA32_MCG_STATUS (SDM).
-    MsrRule{0x17a, 0x17a, fixed(0), MsrWrite::ignored, nullptr},
+    MsrRule{0x17a, 0x17a, fixed(0), MsrWrite::ignored, &CpuFeatures::machine_checks},
     // IA32_PERF_STATUS (SDM): frequencies, which some kernels compute the TSC's from; KVM's answer.
     MsrRule{0x198, 0x198, machine(), MsrWrite::refused, nullptr},
     // IA32_MISC_ENABLE (SDM): flags that nothing here depends on.
@@ -84,11 +84,11 @@ constexpr std::array rules{
     // monitor's own steps would become such.
     MsrRule{0x1d9, 0x1d9, fixed(0), MsrWrite::unchanged, nullptr},
     // MTRRs (SDM): kept by KVM, which checks their values; shadow tables have no memory types.
-    MsrRule{0x200, 0x20f, machine(), MsrWrite::machine, nullptr},
-    MsrRule{0x250, 0x250, machine(), MsrWrite::machine, nullptr},
-    MsrRule{0x258, 0x259, machine(), MsrWrite::machine, nullptr},
-    MsrRule{0x268, 0x26f, machine(), MsrWrite::machine, nullptr},
-    MsrRule{0x2ff, 0x2ff, machine(), MsrWrite::machine, nullptr},
+    MsrRule{0x200, 0x20f, machine(), MsrWrite::machine, &CpuFeatures::mtrr},
+    MsrRule{0x250, 0x250, machine(), MsrWrite::machine, &CpuFeatures::mtrr},
+    MsrRule{0x258, 0x259, machine(), MsrWrite::machine, &CpuFeatures::mtrr},
+    MsrRule{0x268, 0x26f, machine(), MsrWrite::machine, &CpuFeatures::mtrr},
+    MsrRule{0x2ff, 0x2ff, machine(), MsrWrite::machine, &CpuFeatures::mtrr},
     // Energy counters (SDM): old kernels read them by the CPU's model; KVM, too, answers zero.
     MsrRule{0x606, 0x606, fixed(0), MsrWrite::refused, nullptr},
     MsrRule{0x611, 0x611, fixed(0), MsrWrite::refused, nullptr},
@@ -121,7 +121,7 @@ constexpr std::array rules{
     // Base of PCI configuration space (APM): there is none in memory.
     MsrRule{0xc001'0058, 0xc001'0058, fixed(0), MsrWrite::refused, nullptr},
     // OSVW (APM): which errata a kernel need not work around.
-    MsrRule{0xc001'0140, 0xc001'0141, machine(), MsrWrite::refused, nullptr},
+    MsrRule{0xc001'0140, 0xc001'0141, machine(), MsrWrite::refused, &CpuFeatures::osvw},
     // DC_CFG and BU_CFG (APM): chicken bits, which kernels set for errata; KVM drops them, too.
     MsrRule{0xc001'1022, 0xc001'1023, fixed(0), MsrWrite::ignored, nullptr},
     // DE_CFG (APM): whether LFENCE serializes is the host's.

@@ -35,6 +35,8 @@ enum class MsrWrite : std::uint8_t {
     unchanged, ///< the value that is read: nothing; any other: #GP(0)
     machine,   ///< KVM's register is written; #GP(0) if KVM refuses the value
     apic_base, ///< the same if apic_base_allowed(), otherwise #GP(0)
+    tsc,       ///< the TSC is moved to the value, and IA32_TSC_ADJUST by as much (Intel SDM vol. 3B, 17.17.3)
+    tsc_adjust, ///< the TSC is moved by as much as this register
 };
 
 /// A row of the table.

@@ -20,6 +20,11 @@ std::optional<Verdict> NativeEngine::handle(ExitReason reason, RunControl& contr
     cpu_.rip = vcpu.rip();
     cpu_.cpl = vcpu.selector(SegmentName::cs) & 3;
     begin_trap();
+    if (vcpu.was_reset()) {
+        Verdict verdict = stop_at_init();
+        end_trap();
+        return verdict;
+    }
     std::optional<Verdict> verdict;
     switch (reason) {
     case ExitReason::port:

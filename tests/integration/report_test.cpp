@@ -42,6 +42,18 @@ std::vector<std::string> section(const Ended& ended, const std::string& heading)
     return found;
 }
 
+TEST_F(ReportTest, RefusedFeatureIsNamed) {
+    const Code set_fsgsbase{0x0f, 0x20, 0xe0, 0x0d, 0, 0, 1, 0, 0x0f, 0x22, 0xe0};
+    const std::string kernel = folder_.write("kernel", elf_kernel(set_fsgsbase + exit(1)));
+    const Ended refused = run_umbra({"run", "--cpu", "-fsgsbase", kernel});
+    EXPECT_EQ(refused.exit_code, 3) << refused;
+    expect_matches(refused,
+                   {R"(\numbra: hint: the guest's CPU refused an instruction at 0x[0-9a-f]+ that takes )"
+                    R"('fsgsbase': try --cpu \+fsgsbase\n)"});
+    const std::string other = folder_.write("other", elf_kernel(ud2));
+    EXPECT_EQ(run_umbra({"run", other}).err.find("hint"), std::string::npos);
+}
+
 TEST_F(ReportTest, TripleFaultShowsWhereAndWhy) {
     const Ended ended = run(guest_file("triple"));
     EXPECT_EQ(ended.exit_code, 3) << ended;

@@ -61,6 +61,17 @@ TEST_P(VerdictTest, QemuExitCodesAreForTheExitPortOnly) {
     EXPECT_EQ(late.exit_code, 124) << late;
 }
 
+TEST_P(VerdictTest, InitSentToItselfResets) {
+    const Code init{0xb9, 0,    0,    0xe0, 0xfe,                       // mov ecx, the local APIC
+                    0xc7, 0x81, 0xf0, 0,    0,    0, 0xff, 0x01, 0, 0,  // spurious vector: enabled
+                    0xc7, 0x81, 0x10, 3,    0,    0, 0,    0,    0, 0,  // to APIC 0
+                    0xc7, 0x81, 0,    3,    0,    0, 0,    0x45, 0, 0}; // INIT, asserted
+    const Ended ended = run(init + spin, {"--timeout", "60"});
+    EXPECT_EQ(ended.exit_code, 3) << ended;
+    EXPECT_TRUE(ended.verdict().starts_with("the guest reset the machine")) << ended;
+    EXPECT_EQ(ended.err.find("Guest report"), std::string::npos) << ended;
+}
+
 TEST_P(VerdictTest, PowerOffPasses) {
     for (const std::uint16_t port : {std::uint16_t{0x604}, std::uint16_t{0xb004}}) {
         const Ended ended = run(mov_dx(port) + mov_eax(0x2000) + out_dx_ax + spin);

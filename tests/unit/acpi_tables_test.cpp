@@ -157,7 +157,7 @@ TEST_F(AcpiTablesTest, FacsIsAlignedAndAwake) {
 }
 
 TEST_F(AcpiTablesTest, MadtListsTheInterruptControllers) {
-    write({.cpus = 3, .timer_pin = 2});
+    write({.cpus = 3});
     const std::uint64_t madt = tables().at("APIC");
     EXPECT_EQ(number(madt + 36, 4), 0xfee0'0000U);
     EXPECT_EQ(number(madt + 40, 4), 1U) << "PCAT_COMPAT";
@@ -182,13 +182,6 @@ TEST_F(AcpiTablesTest, MadtListsTheInterruptControllers) {
                            {2, 10, 0, 9, 9, 0, 0, 0, 0x0d, 0}, // the SCI: level, active high
                            {4, 6, 0xff, 0, 0, 1},              // NMI: LINT1
                        }));
-}
-
-TEST_F(AcpiTablesTest, TimerAtItsOwnPinNeedsNoOverride) {
-    write();
-    const std::uint64_t madt = tables().at("APIC");
-    EXPECT_EQ(number(madt + 4, 4), 44U + 8 + 12 + 10 + 6);
-    EXPECT_EQ(number(madt + 44 + 8 + 12, 4), 0x0900'0a02U) << "the SCI's comes first";
 }
 
 /// AML as far as the DSDT goes: what lies between the packages' lengths adds up (ACPI specification, 20.2.4).
@@ -262,7 +255,7 @@ TEST_F(AcpiTablesTest, DsdtHasSoftOffAndTheDevices) {
 TEST_F(AcpiTablesTest, AsManyCpusAsApicIdentifiersFit) {
     write({.cpus = 255});
     const std::uint64_t madt = tables().at("APIC");
-    EXPECT_EQ(number(madt + 4, 4), 44U + 255 * 8 + 12 + 10 + 6);
+    EXPECT_EQ(number(madt + 4, 4), 44U + 255 * 8 + 12 + 10 + 10 + 6);
     EXPECT_EQ(sum(madt, number(madt + 4, 4)), 0U);
     EXPECT_EQ(number(madt + 44 + 254 * 8, 4), 0xfefe'0800U);
 }
@@ -291,7 +284,7 @@ TEST_F(PlatformTablesTest, MpFloatingPointerIsInOrder) {
 
 TEST_F(PlatformTablesTest, MpTableListsTheMachine) {
     constexpr std::uint64_t table = 0xf8010;
-    put(table - 16, make_mp_table(GuestPhys{table - 16}, {.cpus = 2, .timer_pin = 2}));
+    put(table - 16, make_mp_table(GuestPhys{table - 16}, {.cpus = 2}));
     const std::uint64_t length = number(table + 4, 2);
     EXPECT_EQ(text(table, 4), "PCMP");
     EXPECT_EQ(number(table + 6, 1), 4U);

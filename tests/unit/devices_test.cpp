@@ -1,11 +1,15 @@
 // Unit tests of vmm/devices: every device through the ports by which a guest reaches it.
 #include "vmm/devices/platform.hpp"
+#include "vmm/devices/rtc_timer.hpp"
 
 #include <array>
 #include <chrono>
+#include <future>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -37,6 +41,7 @@ class DevicesTest : public ::testing::Test {
                     second_serial_writes.emplace_back(text.begin(), text.end());
                 },
             .second_serial_interrupt = [this](bool level) { second_interrupt_levels.push_back(level); },
+            .rtc_interrupt = [this](bool level) { rtc_levels.push_back(level); },
             .timer = [this] { return uptime; },
         };
     }
@@ -57,6 +62,7 @@ class DevicesTest : public ::testing::Test {
         return !interrupt_levels.empty() && interrupt_levels.back();
     }
 
+    std::vector<bool> rtc_levels;
     std::vector<std::string> serial_writes;
     std::vector<std::string> debug_writes;
     std::vector<std::string> second_serial_writes;
@@ -684,6 +690,65 @@ TEST_F(DevicesTest, RtcTellsThatItsAlarmHasCome) {
     EXPECT_EQ(cmos(0x0c), 0x10U);
 }
 
+TEST_F(DevicesTest, RtcInterruptsForWhatIsEnabled) {
+    Rtc& rtc = platform.rtc();
+    using Levels = std::vector<bool>;
+    EXPECT_EQ(rtc.update(), std::nullopt); // nothing is
+    set_cmos(0x0b, 0x42);                  // periods, of 1024 Hz
+    EXPECT_EQ(rtc.update(), 977us);
+    now += 976us;
+    EXPECT_EQ(rtc.update(), 1us);
+    EXPECT_EQ(rtc_levels, Levels{});
+    now += 1us;
+    EXPECT_EQ(rtc.update(), std::nullopt) << "there is no more to say until status C has been read";
+    EXPECT_EQ(rtc_levels, (Levels{true}));
+    now += 1s;
+    EXPECT_EQ(rtc.update(), std::nullopt);
+    EXPECT_EQ(rtc_levels, (Levels{true}));
+    EXPECT_EQ(cmos(0x0c), 0xd0U);
+    EXPECT_EQ(rtc_levels, (Levels{true, false}));
+
+    set_cmos(0x0b, 0x12); // updates
+    EXPECT_EQ(rtc.update(), 999'023us);
+    now += 999'023us;
+    EXPECT_EQ(rtc.update(), std::nullopt);
+    EXPECT_EQ(rtc_levels, (Levels{true, false, true}));
+    set_cmos(0x0b, 0x02); // what has happened interrupts no longer
+    EXPECT_EQ(rtc.update(), std::nullopt);
+    EXPECT_EQ(rtc_levels.size(), 4U);
+    set_cmos(0x0b, 0x12); // and again
+    EXPECT_EQ(rtc.update(), std::nullopt);
+    EXPECT_EQ(rtc_levels, (Levels{true, false, true, false, true}));
+    EXPECT_EQ(cmos(0x0c), 0xd0U);
+
+    set_cmos(0x0b, 0x22); // the alarm, two seconds from now
+    set_cmos(0x05, 0x13);
+    set_cmos(0x03, 0x46);
+    set_cmos(0x01, 0x03);
+    EXPECT_EQ(rtc.update(), 1s);
+    now += 1s;
+    EXPECT_EQ(rtc.update(), 1s);
+    EXPECT_EQ(rtc_levels.size(), 6U);
+    now += 1s;
+    EXPECT_EQ(rtc.update(), std::nullopt);
+    EXPECT_EQ(rtc_levels.size(), 7U);
+}
+
+TEST(RtcTimerTest, RaisesTheLineInTime) {
+    std::promise<void> raised;
+    Rtc rtc(
+        std::chrono::system_clock::now,
+        [&raised, first = true](bool level) mutable {
+            if (level && std::exchange(first, false))
+                raised.set_value();
+        },
+        0, 0);
+    const RtcTimer timer(rtc);
+    rtc.select(0x0b);
+    rtc.write(0x42);
+    EXPECT_EQ(raised.get_future().wait_for(30s), std::future_status::ready);
+}
+
 TEST_F(DevicesTest, CmosTellsMemorySizes) {
     const auto word = [this](std::uint8_t index) { return cmos(index) | cmos(index + 1) << 8; };
     EXPECT_EQ(cmos(0x14), 0x02U);
@@ -693,7 +758,7 @@ TEST_F(DevicesTest, CmosTellsMemorySizes) {
     EXPECT_EQ(word(0x34), ((3072U - 16) << 20) >> 16);
     EXPECT_EQ(word(0x5b) | cmos(0x5d) << 16, 0x4000U);
 
-    Rtc small([this] { return now; }, std::uint64_t{8} << 20, 0);
+    Rtc small([this] { return now; }, {}, std::uint64_t{8} << 20, 0);
     const auto small_word = [&small](std::uint8_t index) {
         small.select(index);
         const unsigned low = small.read();
@@ -762,6 +827,70 @@ TEST_F(DevicesTest, EveryPortAnswersEverySize) {
             }
             out(static_cast<std::uint16_t>(port), value, size);
         }
+}
+
+// --- QEMU's device for programs that test hypervisors
+
+class TestDeviceTest : public DevicesTest {
+  protected:
+    TestDeviceTest() {
+        PlatformConfig with = config();
+        with.test_device = [this](unsigned line, bool level) { lines.emplace_back(line, level); };
+        device.emplace(std::move(with));
+    }
+    std::uint32_t in(std::uint16_t port, unsigned size = 1) { return device->port_read(Port{port}, size); }
+    void out(std::uint16_t port, std::uint32_t value, unsigned size = 1) {
+        device->port_write(Port{port}, size, value);
+    }
+    std::optional<Platform> device;
+    std::vector<std::pair<unsigned, bool>> lines;
+};
+
+TEST_F(TestDeviceTest, RegisterOfFourBytesTwice) {
+    out(0xe0, 0x4433'2211, 4);
+    EXPECT_EQ(in(0xe0, 4), 0x4433'2211U);
+    out(0xe9, 0xaa);
+    out(0xea, 0xccbb, 2);
+    EXPECT_EQ(in(0xe8, 4), 0xccbb'aa11U);
+    EXPECT_EQ(in(0xe1, 2), 0xbbaaU);
+    EXPECT_EQ(in(0xe3, 2), 0xccU); // the register ends
+    out(0xe4, 0x12345, 4);         // a page's address
+    EXPECT_EQ(in(0xe4, 4), 0U);
+    EXPECT_EQ(in(0xe0, 4), 0xccbb'aa11U);
+    EXPECT_EQ(device->unclaimed(), UnclaimedAccesses{});
+}
+
+TEST_F(TestDeviceTest, PortsAreInterruptLines) {
+    out(0x2000, 1);
+    out(0x200e, 0xff);
+    out(0x2017, 0);
+    EXPECT_EQ(lines, (std::vector<std::pair<unsigned, bool>>{{0, true}, {14, true}, {23, false}}));
+    out(0x2018, 1);
+    EXPECT_EQ(lines.size(), 3U);
+    EXPECT_EQ(device->unclaimed().port_writes, 1U);
+}
+
+TEST_F(TestDeviceTest, MemoryKeepsWhatIsWritten) {
+    constexpr GuestPhys first{0xff00'0000}, last = first + 0xffff;
+    std::array<std::byte, 2> two{std::byte{1}, std::byte{2}}, got{};
+    device->mmio_write(last - 1, two);
+    device->mmio_read(last - 1, got);
+    EXPECT_EQ(got, two);
+    EXPECT_EQ(device->unclaimed(), UnclaimedAccesses{});
+    device->mmio_read(last, got); // reaches beyond
+    device->mmio_write(first - 1, two);
+    EXPECT_EQ(got, (std::array{std::byte{0xff}, std::byte{0xff}}));
+    EXPECT_EQ(device->unclaimed(), (UnclaimedAccesses{.mmio_reads = 1, .mmio_writes = 1}));
+}
+
+TEST_F(DevicesTest, WithoutTheTestDeviceNothingAnswersThere) {
+    std::array<std::byte, 2> two{};
+    platform.mmio_read(GuestPhys{0xff00'0000}, two);
+    EXPECT_EQ(two, (std::array{std::byte{0xff}, std::byte{0xff}}));
+    EXPECT_EQ(in(0xe0), 0xffU);
+    EXPECT_EQ(in(0xe9), 0xe9U); // the debug console
+    out(0x2000, 1);
+    EXPECT_EQ(platform.unclaimed().port_writes, 1U);
 }
 
 } // namespace

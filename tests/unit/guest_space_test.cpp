@@ -13,12 +13,19 @@ namespace {
 
 using namespace test;
 
-class Recorder final : public StoreObserver {
+class Recorder final : public GuestBus {
   public:
     void stored(GuestPhys at, std::optional<GuestVirt> /*linear*/, std::size_t size) override {
         stores.emplace_back(at, size);
     }
-    std::vector<std::pair<GuestPhys, std::size_t>> stores;
+    void read_device(GuestPhys at, std::span<std::byte> into) override {
+        std::ranges::fill(into, std::byte{0x5a});
+        reads.emplace_back(at, into.size());
+    }
+    void write_device(GuestPhys at, std::span<const std::byte> from) override {
+        writes.emplace_back(at, from.size());
+    }
+    std::vector<std::pair<GuestPhys, std::size_t>> stores, reads, writes; ///< where, and how many bytes
 };
 using Stores = decltype(Recorder::stores);
 
@@ -61,6 +68,23 @@ TEST_F(GuestSpaceTest, ObserverHearsNothingOfWhatIsNotStored) {
                              0x4000'0000 | TestGuest::kernel_rights);
     EXPECT_EQ(fault_of(observed().write(at, std::uint64_t{1})), no_fault); // outside RAM
     EXPECT_EQ(recorder.stores, Stores{});
+}
+
+TEST_F(GuestSpaceTest, WhatIsNotRamIsTheDevices) {
+    constexpr std::uint64_t device = 0x4000'0000;
+    guest.put<std::uint64_t>(0x4000 + (TestGuest::data >> page_shift) * 8, device | TestGuest::kernel_rights);
+    // The last bytes of the device's page, and the first ones of the next, which is RAM.
+    const GuestVirt across = at + (page_size - 3);
+    std::uint64_t value = 0x0807'0605'0403'0201;
+    EXPECT_EQ(fault_of(observed().write(across, value)), no_fault);
+    EXPECT_EQ(recorder.writes, (Stores{{GuestPhys(device + page_size - 3), 3}}));
+    EXPECT_EQ(recorder.stores, (Stores{{GuestPhys(TestGuest::data + page_size), 5}}));
+    EXPECT_EQ(fault_of(observed().read(across, value)), no_fault);
+    EXPECT_EQ(recorder.reads, recorder.writes);
+    EXPECT_EQ(value, 0x0807'0605'045a'5a5aU);
+    // And with nobody to ask, all-ones.
+    EXPECT_EQ(fault_of(guest.space().read(at, value)), no_fault);
+    EXPECT_EQ(value, ~std::uint64_t{0});
 }
 
 TEST_F(GuestSpaceTest, AccessesAreImplicitUnlessToldOtherwise) {

@@ -2,7 +2,10 @@
 // itself stays in guest RAM.
 #include "vmm/msr_policy.hpp"
 
+#include <algorithm>
 #include <array>
+#include <map>
+#include <vector>
 
 #include <gtest/gtest.h>
 
@@ -18,6 +21,8 @@ constexpr std::uint32_t apic_base = 0x1b, old_wall_clock = 0x11, old_system_time
 constexpr CpuFeatures everything() {
     CpuFeatures features;
     features.x2apic = features.tsc_deadline = features.kvmclock = features.amd = true;
+    features.tsc_adjust = features.mtrr = features.machine_checks = true;
+    features.arch_capabilities = features.osvw = true;
     features.physical_bits = 40;
     return features;
 }
@@ -181,12 +186,117 @@ TEST_F(MsrPolicyTest, RegistersThatLinuxTakesForGranted) {
 
 /// Registers in which userspace's writes do what a guest's must not.
 TEST_F(MsrPolicyTest, WritesThatKvmTakesFromUserspaceOnly) {
-    EXPECT_EQ(write(0x8b, 0), MsrWrite::ignored);   // the microcode's revision would become what is written
-    EXPECT_EQ(write(0x3b, 1), MsrWrite::unchanged); // would be read back, but move no TSC
-    EXPECT_EQ(write(0x10a, 0), MsrWrite::refused);  // capabilities
-    EXPECT_EQ(write(0xfe, 0), MsrWrite::refused);   // likewise
+    EXPECT_EQ(write(0x8b, 0), MsrWrite::ignored);    // the microcode's revision would become what is written
+    EXPECT_EQ(write(0x3b, 1), MsrWrite::tsc_adjust); // would be read back, but move no TSC
+    EXPECT_EQ(write(0x10, 0), MsrWrite::tsc);        // might be taken for an attempt to synchronize vCPUs
+    EXPECT_EQ(write(0x10a, 0), MsrWrite::refused);   // capabilities
+    EXPECT_EQ(write(0xfe, 0), MsrWrite::refused);    // likewise
     EXPECT_EQ(write(0xc001'0140, 0), MsrWrite::refused);
     EXPECT_EQ(write(0x1d9, 2), MsrWrite::unchanged); // BTF would change what the monitor's steps are
+}
+
+// --- The policy and CPUID
+
+/// A bit of CPUID, and registers that a CPU has if it is 1, and that a guest then may read: "SDM", vol. 4,
+/// table 2-2; APM vol. 2, appendix A; Documentation/virt/kvm/x86/msr.rst.
+struct Announced {
+    std::uint32_t leaf, index;
+    std::uint32_t CpuidLeaf::*word;
+    unsigned bit;
+    std::vector<std::uint32_t> registers;
+};
+const std::vector<Announced>& announced() {
+    static const std::vector<Announced> all_of_them{
+        {1, 0, &CpuidLeaf::edx, 12, {0xfe, 0x200, 0x20f, 0x250, 0x258, 0x259, 0x268, 0x26f, 0x2ff}}, // MTRR
+        {1, 0, &CpuidLeaf::edx, 14, {0x179, 0x17a}},                                                 // MCA
+        {1, 0, &CpuidLeaf::ecx, 21, {0x802, 0x80f, 0x83f}},                                          // x2APIC
+        {1, 0, &CpuidLeaf::ecx, 24, {0x6e0}},                              // TSC deadline
+        {1, 0, &CpuidLeaf::ecx, 5, {0x480, 0x491}},                        // VMX
+        {1, 0, &CpuidLeaf::ecx, 6, {0x9b}},                                // SMX
+        {1, 0, &CpuidLeaf::ecx, 15, {0x345}},                              // PDCM
+        {1, 0, &CpuidLeaf::edx, 21, {0x600}},                              // DS
+        {1, 0, &CpuidLeaf::edx, 22, {0x19a, 0x19b, 0x19c}},                // thermal control
+        {6, 0, &CpuidLeaf::ecx, 0, {0xe7, 0xe8}},                          // MPERF and APERF
+        {6, 0, &CpuidLeaf::ecx, 3, {0x1b0}},                               // energy bias
+        {6, 0, &CpuidLeaf::eax, 7, {0x770, 0x774}},                        // HWP
+        {7, 0, &CpuidLeaf::ebx, 1, {0x3b}},                                // TSC_ADJUST
+        {7, 0, &CpuidLeaf::ebx, 2, {0x8c}},                                // SGX
+        {7, 0, &CpuidLeaf::ebx, 12, {0xc8d, 0xc8e}},                       // RDT monitoring
+        {7, 0, &CpuidLeaf::ebx, 14, {0xd90}},                              // MPX
+        {7, 0, &CpuidLeaf::ebx, 15, {0xc81, 0xc90}},                       // RDT allocation
+        {7, 0, &CpuidLeaf::ebx, 25, {0x570}},                              // processor trace
+        {7, 0, &CpuidLeaf::ecx, 5, {0xe1}},                                // WAITPKG
+        {7, 0, &CpuidLeaf::ecx, 7, {0x6a0, 0x6a2, 0x6a4}},                 // shadow stacks
+        {7, 0, &CpuidLeaf::ecx, 13, {0x981, 0x982}},                       // TME
+        {7, 0, &CpuidLeaf::ecx, 31, {0x6e1}},                              // PKS
+        {7, 0, &CpuidLeaf::edx, 20, {0x6a0, 0x6a2}},                       // IBT
+        {7, 0, &CpuidLeaf::edx, 26, {0x48, 0x49}},                         // SPEC_CTRL, PRED_CMD
+        {7, 0, &CpuidLeaf::edx, 28, {0x10b}},                              // FLUSH_CMD
+        {7, 0, &CpuidLeaf::edx, 29, {0x10a}},                              // ARCH_CAPABILITIES
+        {7, 0, &CpuidLeaf::edx, 30, {0xcf}},                               // CORE_CAPABILITIES
+        {7, 1, &CpuidLeaf::eax, 17, {0x1cc, 0x1d0}},                       // FRED
+        {7, 1, &CpuidLeaf::eax, 22, {0x17d1}},                             // HRESET
+        {0xd, 1, &CpuidLeaf::eax, 4, {0x1c4, 0x1c5}},                      // XFD
+        {0x8000'0001, 0, &CpuidLeaf::ecx, 2, {0xc001'0114, 0xc001'0117}},  // SVM
+        {0x8000'0001, 0, &CpuidLeaf::ecx, 9, {0xc001'0140, 0xc001'0141}},  // OSVW
+        {0x8000'0001, 0, &CpuidLeaf::ecx, 10, {0xc001'1030}},              // IBS
+        {0x8000'0001, 0, &CpuidLeaf::ecx, 15, {0xc000'0105}},              // LWP
+        {0x8000'0001, 0, &CpuidLeaf::ecx, 23, {0xc001'0200, 0xc001'020b}}, // six counters
+        {0x8000'0001, 0, &CpuidLeaf::ecx, 24, {0xc001'0240}},              // of the northbridge
+        {0x8000'0001, 0, &CpuidLeaf::ecx, 28, {0xc001'0230}},              // of the cache
+        {0x8000'0008, 0, &CpuidLeaf::ebx, 12, {0x49}},                     // IBPB
+        {0x8000'0008, 0, &CpuidLeaf::ebx, 14, {0x48}},                     // IBRS
+        {0x8000'0008, 0, &CpuidLeaf::ebx, 24, {0x48}},                     // SSBD
+        {0x8000'0008, 0, &CpuidLeaf::ebx, 25, {0xc001'011f}},              // VIRT_SPEC_CTRL
+        {0x8000'001f, 0, &CpuidLeaf::eax, 0, {0xc001'0131}},               // SEV
+        {0x8000'0022, 0, &CpuidLeaf::eax, 0, {0xc000'0300, 0xc000'0301}},  // counters of version 2
+        {0x4000'0001, 0, &CpuidLeaf::eax, 0, {old_wall_clock, old_system_time}},
+        {0x4000'0001, 0, &CpuidLeaf::eax, 3, {wall_clock, system_time}},
+        {0x4000'0001, 0, &CpuidLeaf::eax, 4, {0x4b56'4d02}},  // asynchronous page faults
+        {0x4000'0001, 0, &CpuidLeaf::eax, 5, {0x4b56'4d03}},  // stolen time
+        {0x4000'0001, 0, &CpuidLeaf::eax, 6, {0x4b56'4d04}},  // end of interrupt in memory
+        {0x4000'0001, 0, &CpuidLeaf::eax, 12, {0x4b56'4d05}}, // polling
+        {0x4000'0001, 0, &CpuidLeaf::eax, 17, {0x4b56'4d08}}, // migration
+    };
+    return all_of_them;
+}
+
+/// What a KVM offers: in each leaf the same words.
+std::vector<CpuidLeaf> offered(std::uint32_t word) {
+    std::vector<CpuidLeaf> leaves{{0, 0, 0, 0x1f, 0, 0, 0}};
+    for (const Announced& each : announced())
+        if (std::ranges::none_of(leaves, [&](const CpuidLeaf& leaf) {
+                return leaf.function == each.leaf && leaf.index == each.index;
+            }))
+            leaves.push_back({each.leaf, each.index, 0, word, word, word, word});
+    return leaves;
+}
+
+/// For either engine, all that the guest's CPUID announces is there and can be read, and nothing else is.
+TEST_F(MsrPolicyTest, FollowsFromCpuid) {
+    for (const bool shadow_engine : {true, false})
+        for (const char* words : {"+pge", "+x2apic", "-tsc-deadline", "-kvmclock"})
+            for (const std::uint32_t word : {0U, ~0U}) {
+                if (word == 0 && words[0] == '+') // what KVM does not offer cannot be asked for
+                    continue;
+                const CpuChoice choice = CpuChoice::parse(words);
+                const auto leaves = guest_cpuid(offered(word), choice, shadow_engine);
+                const CpuFeatures features = guest_features(leaves, choice, true);
+                std::map<std::uint32_t, bool> there; // announced by any
+                for (const Announced& each : announced())
+                    for (const CpuidLeaf& leaf : leaves)
+                        if (leaf.function == each.leaf && leaf.index == each.index)
+                            for (const std::uint32_t index : each.registers)
+                                there[index] |= (leaf.*each.word >> each.bit & 1) != 0;
+                for (const auto& [index, shown] : there) {
+                    EXPECT_EQ(msr_read(index, features).kind != MsrRead::refused, shown)
+                        << std::hex << index << " with " << words << " of " << word;
+                    if (!shown) {
+                        EXPECT_EQ(msr_write(index, 0, features, memory_), MsrWrite::refused)
+                            << std::hex << index;
+                    }
+                }
+            }
 }
 
 } // namespace

@@ -219,7 +219,7 @@ class Debugger {
     [[nodiscard]] bool catches_event(const Event& event);
     /// The same for the privileged instruction at RIP; it traps again afterwards.
     [[nodiscard]] bool catches_instruction();
-    /// umbra has written to guest memory, for the guest: StoreObserver.
+    /// umbra has written to guest memory, for the guest: GuestBus.
     void stored(GuestPhys at, std::optional<GuestVirt> linear, std::size_t size);
     /// The event that was caught is not to be delivered.
     [[nodiscard]] bool drops_event() const { return resume_.drop_event; }

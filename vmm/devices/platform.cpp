@@ -86,8 +86,11 @@ Platform::Platform(PlatformConfig config)
     : serial_(std::move(config.serial_output), std::move(config.serial_interrupt)),
       second_serial_(std::move(config.second_serial_output), std::move(config.second_serial_interrupt)),
       debug_console_(std::move(config.debug_output)), keyboard_(std::move(config.keyboard_interrupt)),
-      rtc_(std::move(config.clock), config.low_memory, config.high_memory), fw_cfg_(std::move(config.fw_cfg)),
-      acpi_(std::move(config.timer)), type_input_(config.type_input) {}
+      rtc_(std::move(config.clock), std::move(config.rtc_interrupt), config.low_memory, config.high_memory),
+      fw_cfg_(std::move(config.fw_cfg)), acpi_(std::move(config.timer)), type_input_(config.type_input) {
+    if (config.test_device)
+        test_device_.emplace(std::move(config.test_device));
+}
 
 bool Platform::kvm_owns(Port port) {
     return std::any_of(kvm_ports.begin(), kvm_ports.end(), [port](const PortSpan& span) {
@@ -96,6 +99,8 @@ bool Platform::kvm_owns(Port port) {
 }
 
 std::uint32_t Platform::port_read(Port port, unsigned size) {
+    if (test_device_ && TestDevice::has(number(port)))
+        return test_device_->read(number(port), size);
     const Range* const range = find(port);
     if (range == nullptr) {
         ++unclaimed_.port_reads;
@@ -110,6 +115,10 @@ std::uint32_t Platform::port_read(Port port, unsigned size) {
 }
 
 void Platform::port_write(Port port, unsigned size, std::uint32_t value) {
+    if (test_device_ && TestDevice::has(number(port))) {
+        test_device_->write(number(port), size, value);
+        return;
+    }
     const Range* const range = find(port);
     if (range == nullptr) {
         ++unclaimed_.port_writes;
@@ -123,13 +132,24 @@ void Platform::port_write(Port port, unsigned size, std::uint32_t value) {
         port_write(Port{static_cast<std::uint16_t>(number(port) + i)}, 1, value >> (8 * i));
 }
 
-void Platform::mmio_read(GuestPhys /*at*/, std::span<std::byte> data) {
+std::span<std::byte> Platform::device_memory(GuestPhys at, std::size_t size) {
+    return test_device_ ? test_device_->memory(at, size) : std::span<std::byte>();
+}
+
+void Platform::mmio_read(GuestPhys at, std::span<std::byte> data) {
+    if (const auto memory = device_memory(at, data.size()); !memory.empty()) {
+        std::ranges::copy(memory, data.begin());
+        return;
+    }
     ++unclaimed_.mmio_reads;
     std::fill(data.begin(), data.end(), std::byte{0xff});
 }
 
-void Platform::mmio_write(GuestPhys /*at*/, std::span<const std::byte> /*data*/) {
-    ++unclaimed_.mmio_writes;
+void Platform::mmio_write(GuestPhys at, std::span<const std::byte> data) {
+    if (const auto memory = device_memory(at, data.size()); !memory.empty())
+        std::ranges::copy(data, memory.begin());
+    else
+        ++unclaimed_.mmio_writes;
 }
 
 void Platform::flush() {

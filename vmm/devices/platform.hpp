@@ -2,7 +2,7 @@
 // guest ends its own run.
 //
 //   0x60 0x64          8042 keyboard controller, IRQ 1     0x3c0-0x3df   VGA
-//   0x70 0x71          RTC and CMOS                        0x3f8-0x3ff   16550A serial port, IRQ 4
+//   0x70 0x71          RTC and CMOS, IRQ 8                 0x3f8-0x3ff   16550A serial port, IRQ 4
 //   0x80               POST code: dropped                  0x510-0x51b   fw_cfg
 //   0x92               system control port A               0x600-0x60b   ACPI: events, power-off, timer
 //   0xe9               debug console                       0xb004        ACPI power-off of older PCs
@@ -20,6 +20,7 @@
 #include "vmm/devices/output.hpp"
 #include "vmm/devices/rtc.hpp"
 #include "vmm/devices/serial.hpp"
+#include "vmm/devices/test_device.hpp"
 #include "vmm/devices/vga.hpp"
 
 #include <compare>
@@ -57,9 +58,11 @@ struct PlatformConfig {
     OutputSink second_serial_output{};
     InterruptLine second_serial_interrupt{};               ///< IRQ 3
     InterruptLine keyboard_interrupt{};                    ///< IRQ 1
+    InterruptLine rtc_interrupt{};                         ///< IRQ 8; from RtcTimer's thread, too
     MonotonicClock timer = std::chrono::steady_clock::now; ///< of ACPI
     FwCfgConfig fw_cfg{};
-    bool type_input = false; ///< receive() is the keyboard's, not the serial port's
+    bool type_input = false;      ///< receive() is the keyboard's, not the serial port's
+    InterruptLines test_device{}; ///< the interrupt lines of a TestDevice; empty: there is none
 };
 
 /// Accesses that no device answered. They read all-ones, as a bus does that nobody drives.
@@ -103,6 +106,8 @@ class Platform {
     /// that.
     void observe_dma(DmaObserver observer) { fw_cfg_.observe(std::move(observer)); }
 
+    [[nodiscard]] Rtc& rtc() { return rtc_; }
+
     /// For vga_screen(). Any thread.
     [[nodiscard]] VgaTextState vga_text_state() const { return vga_.text_state(); }
 
@@ -145,6 +150,7 @@ class Platform {
     std::uint32_t read_pci(Port port, unsigned size);
     void write_pci(Port port, unsigned size, std::uint32_t value);
 
+    [[nodiscard]] std::span<std::byte> device_memory(GuestPhys at, std::size_t size);
     void sleep(std::uint8_t type);
     void end_run(GuestExit how);
     [[nodiscard]] Serial& serial(Port port);
@@ -157,6 +163,7 @@ class Platform {
     Vga vga_;
     FwCfg fw_cfg_;
     AcpiPm acpi_;
+    std::optional<TestDevice> test_device_;
     bool type_input_;
     std::uint8_t control_a_ = 0x02; ///< port 0x92: A20 open
     std::uint8_t reset_control_ = 0;

@@ -52,7 +52,8 @@ constexpr std::uint64_t base_memory_kib = 640;
 
 } // namespace
 
-Rtc::Rtc(WallClock clock, std::uint64_t low_memory, std::uint64_t high_memory) : clock_(std::move(clock)) {
+Rtc::Rtc(WallClock clock, InterruptLine interrupt, std::uint64_t low_memory, std::uint64_t high_memory)
+    : clock_(std::move(clock)), interrupt_(std::move(interrupt)) {
     memory_[status_a] = status_a_at_reset;
     memory_[status_b] = status_b_24_hours;
     flags_since_ = now();
@@ -74,7 +75,62 @@ Rtc::Rtc(WallClock clock, std::uint64_t low_memory, std::uint64_t high_memory) :
     put(0x5b, std::min<std::uint64_t>(high_memory / (64 * kib), 0xff'ffff), 3);
 }
 
+void Rtc::select(std::uint8_t index) {
+    const std::scoped_lock lock(mutex_);
+    index_ = index & 0x7f;
+}
+
 std::uint8_t Rtc::read() {
+    std::unique_lock lock(mutex_);
+    const bool took_flags = index_ == status_c;
+    const std::uint8_t value = read_register();
+    lock.unlock();
+    if (took_flags)
+        changed();
+    return value;
+}
+
+void Rtc::write(std::uint8_t value) {
+    {
+        const std::scoped_lock lock(mutex_);
+        write_register(value);
+    }
+    changed();
+}
+
+void Rtc::observe(std::function<void()> observer) {
+    observer_ = std::move(observer);
+}
+
+void Rtc::changed() const {
+    if (observer_)
+        observer_();
+}
+
+std::optional<std::chrono::microseconds> Rtc::update() {
+    using namespace std::chrono;
+    const std::scoped_lock lock(mutex_);
+    const unsigned enabled = memory_[status_b] & (flag_update | flag_alarm | flag_periodic);
+    const Moment moment = now();
+    set_line((flags_until(moment) & enabled) != 0);
+    if (line_ || enabled == 0)
+        return std::nullopt;
+    const microseconds into_second = moment - floor<seconds>(moment);
+    microseconds next = seconds(1);
+    if ((enabled & flag_periodic) != 0 && period_shift() != 0) {
+        const std::uint64_t per_second = time_base_hz >> period_shift();
+        const std::uint64_t passed = static_cast<std::uint64_t>(into_second.count()) * per_second / 1'000'000;
+        next = microseconds(((passed + 1) * 1'000'000 + per_second - 1) / per_second);
+    }
+    return next - into_second;
+}
+
+void Rtc::set_line(bool level) {
+    if (std::exchange(line_, level) != level && interrupt_)
+        interrupt_(level);
+}
+
+std::uint8_t Rtc::read_register() {
     using namespace std::chrono;
     const Moment moment = now();
     const auto day = floor<days>(moment);
@@ -111,7 +167,7 @@ std::uint8_t Rtc::read() {
     }
 }
 
-void Rtc::write(std::uint8_t value) {
+void Rtc::write_register(std::uint8_t value) {
     switch (index_) {
     case status_a:
         memory_[status_a] = value & static_cast<std::uint8_t>(~update_in_progress);
@@ -126,26 +182,41 @@ void Rtc::write(std::uint8_t value) {
 
 /// Status C, which reading clears.
 std::uint8_t Rtc::take_flags() {
+    const Moment until = now();
+    unsigned flags = flags_until(until);
+    flags_since_ = until;
+    if ((flags & memory_[status_b]) != 0)
+        flags |= flag_any;
+    set_line(false);
+    return static_cast<std::uint8_t>(flags);
+}
+
+/// What has happened by then, since status C was read.
+unsigned Rtc::flags_until(Moment until) const {
     using namespace std::chrono;
-    const Moment until = now(), since = std::exchange(flags_since_, until);
-    const auto first = floor<seconds>(since), last = floor<seconds>(until);
+    const auto first = floor<seconds>(flags_since_), last = floor<seconds>(until);
     unsigned flags = 0;
     if ((memory_[status_b] & status_b_set) == 0 && last > first)
         flags |= flag_update | (alarm_in(first, last) ? flag_alarm : 0U);
-    if (periods_until(until) != periods_until(since))
+    if (periods_until(until) != periods_until(flags_since_))
         flags |= flag_periodic;
-    if ((flags & memory_[status_b]) != 0)
-        flags |= flag_any;
-    return static_cast<std::uint8_t>(flags);
+    return flags;
+}
+
+/// The length of a period is 2 to this power, in ticks of the time base; 0: there are no periods.
+unsigned Rtc::period_shift() const {
+    const unsigned rate = memory_[status_a] & status_a_rate;
+    if (rate == 0)
+        return 0;
+    return rate < 3 ? rate + 6 : rate - 1; // the two fastest are those of 8 and 9
 }
 
 /// How many periods have passed by then, since whenever; 0 if they are off.
 std::uint64_t Rtc::periods_until(Moment when) const {
     using namespace std::chrono;
-    const unsigned rate = memory_[status_a] & status_a_rate;
-    if (rate == 0)
+    const unsigned shift = period_shift();
+    if (shift == 0)
         return 0;
-    const unsigned shift = rate < 3 ? rate + 6 : rate - 1; // the two fastest are those of 8 and 9
     const auto whole = floor<seconds>(when.time_since_epoch());
     const microseconds rest = when.time_since_epoch() - whole;
     const std::uint64_t ticks = static_cast<std::uint64_t>(whole.count()) * time_base_hz +

@@ -52,6 +52,7 @@ class WithArray {
 };
 using CpuidList = WithArray<kvm_cpuid2, kvm_cpuid_entry2>;
 using MsrList = WithArray<kvm_msrs, kvm_msr_entry>;
+using RouteList = WithArray<kvm_irq_routing, kvm_irq_routing_entry>;
 
 kvm_segment to_kvm(const Segment& segment) {
     kvm_segment out{};
@@ -184,6 +185,14 @@ void put_legacy(const ExtendedState& state, std::span<std::byte> area) {
 constexpr std::uint64_t sync_general = KVM_SYNC_X86_REGS;
 constexpr std::uint64_t sync_system = KVM_SYNC_X86_SREGS;
 
+kvm_device_attr tsc_offset_attribute(std::uint64_t& offset) {
+    kvm_device_attr attribute{};
+    attribute.group = KVM_VCPU_TSC_CTRL;
+    attribute.attr = KVM_VCPU_TSC_OFFSET;
+    attribute.addr = reinterpret_cast<std::uint64_t>(&offset);
+    return attribute;
+}
+
 /// An entry of an APIC's interrupt tables (Intel SDM vol. 3A, 11.5.1) that is not masked and sends something
 /// else than interrupts: an SMI, an NMI or an INIT.
 bool is_unmaskable(std::uint32_t entry) {
@@ -298,6 +307,7 @@ void Vm::allow_shadow_pages(std::uint64_t count) {
 
 void Vm::create_interrupt_controllers() {
     must(file_, "KVM_CREATE_IRQCHIP", KVM_CREATE_IRQCHIP, 0);
+    route_lines();
     kvm_pit_config pit{};
     pit.flags = KVM_PIT_SPEAKER_DUMMY; // port 0x61 belongs to it: channel 2's gate and output
     must(file_, "KVM_CREATE_PIT2", KVM_CREATE_PIT2, &pit);
@@ -313,6 +323,30 @@ void Vm::create_interrupt_controllers() {
         (void)::ioctl(fd, KVM_REINJECT_CONTROL, &off); // if it fails, all there is is the wait at the end
     });
     (void)::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+/// As on a PC, and as QEMU has it: the PIT's line, IRQ 0, is input 2 of the I/O APIC, of whose input 0 the
+/// PIC would be the source (Intel 82371AB, 8.7.1, and MultiProcessor Specification 1.4, table 4-11).
+void Vm::route_lines() {
+    constexpr std::uint32_t timer = 0, cascade = 2, pic_inputs = 8, apic_inputs = KVM_IOAPIC_NUM_PINS;
+    RouteList list(2 * apic_inputs);
+    const auto route = [&list](std::uint32_t line, std::uint32_t chip, std::uint32_t input) {
+        kvm_irq_routing_entry& entry = list->entries[list->nr++];
+        entry.gsi = line;
+        entry.type = KVM_IRQ_ROUTING_IRQCHIP;
+        entry.u.irqchip.irqchip = chip;
+        entry.u.irqchip.pin = input;
+    };
+    for (std::uint32_t line = 0; line < apic_inputs; ++line) {
+        if (line == cascade)
+            continue;
+        if (line < pic_inputs)
+            route(line, KVM_IRQCHIP_PIC_MASTER, line);
+        else if (line < 2 * pic_inputs)
+            route(line, KVM_IRQCHIP_PIC_SLAVE, line - pic_inputs);
+        route(line, KVM_IRQCHIP_IOAPIC, line == timer ? cascade : line);
+    }
+    must(file_, "KVM_SET_GSI_ROUTING", KVM_SET_GSI_ROUTING, list.get());
 }
 
 void Vm::leave_as_a_bios_does() {
@@ -421,6 +455,13 @@ MmioExit Vcpu::mmio_exit() const {
     auto& mmio = run_->mmio;
     return {
         MachinePhys(mmio.phys_addr), mmio.is_write != 0, {reinterpret_cast<std::byte*>(mmio.data), mmio.len}};
+}
+
+bool Vcpu::was_reset() const {
+    constexpr std::uint16_t reset_cs = 0xf000;
+    constexpr std::uint64_t reset_rip = 0xfff0;
+    return (run_->s.regs.sregs.cr0 & cr0::pe) == 0 && selector(SegmentName::cs) == reset_cs &&
+           rip() == reset_rip;
 }
 
 std::string Vcpu::describe_exit() const {
@@ -619,6 +660,11 @@ void Vcpu::unblock_nmi() {
     (void)control(file_, KVM_SET_VCPU_EVENTS, &events);
 }
 
+bool Vcpu::nmi_waits() const {
+    kvm_vcpu_events events{};
+    return control(file_, KVM_GET_VCPU_EVENTS, &events) == 0 && events.nmi.pending != 0;
+}
+
 void Vcpu::set_debug_registers(const std::array<std::uint64_t, 4>& addresses, std::uint64_t dr7) {
     constexpr std::uint64_t dr6_nothing = 0xffff'0ff0;
     kvm_debugregs registers{};
@@ -692,6 +738,17 @@ bool Vcpu::write_msr(std::uint32_t index, std::uint64_t value) {
 std::optional<std::uint32_t> Vcpu::tsc_khz() const {
     const int khz = control(file_, KVM_GET_TSC_KHZ, 0);
     return khz > 0 ? std::optional(static_cast<std::uint32_t>(khz)) : std::nullopt;
+}
+
+std::optional<std::uint64_t> Vcpu::tsc_offset() const {
+    std::uint64_t offset = 0;
+    kvm_device_attr attribute = tsc_offset_attribute(offset);
+    return control(file_, KVM_GET_DEVICE_ATTR, &attribute) == 0 ? std::optional(offset) : std::nullopt;
+}
+
+bool Vcpu::set_tsc_offset(std::uint64_t offset) {
+    kvm_device_attr attribute = tsc_offset_attribute(offset);
+    return control(file_, KVM_SET_DEVICE_ATTR, &attribute) == 0;
 }
 
 bool Vcpu::write_xcr0(std::uint64_t value) {

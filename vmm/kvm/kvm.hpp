@@ -99,6 +99,9 @@ class Vcpu {
 
     [[nodiscard]] PortExit port_exit() const;
     [[nodiscard]] MmioExit mmio_exit() const;
+    /// Whether it is at its reset vector: an INIT has come by its local APIC (Intel SDM vol. 3A, 9.1.4), and
+    /// what its registers held is lost.
+    [[nodiscard]] bool was_reset() const;
     /// The last exit in words, for reports.
     [[nodiscard]] std::string describe_exit() const;
 
@@ -142,6 +145,9 @@ class Vcpu {
     void nmi_taken() { nmi_blocked_ = true; }
     /// NMIs may come again. Cheap if none has been taken.
     void unblock_nmi();
+    /// KVM has an NMI that it has not injected yet. If it is an interrupt shadow that holds it back, KVM of
+    /// AMD runs the next instruction with RFLAGS.TF set, which shows in the flags that a trap there pushes.
+    [[nodiscard]] bool nmi_waits() const;
     /// The guest's DR0 to DR3 and DR7 for the machine, with a DR6 that tells of nothing.
     void set_debug_registers(const std::array<std::uint64_t, 4>& addresses, std::uint64_t dr7);
     /// The machine's DR6.
@@ -163,6 +169,10 @@ class Vcpu {
     [[nodiscard]] bool write_msr(std::uint32_t index, std::uint64_t value);
     /// KVM_GET_TSC_KHZ: the rate of the machine's TSC; nothing if KVM does not know it.
     [[nodiscard]] std::optional<std::uint32_t> tsc_khz() const;
+    /// KVM_VCPU_TSC_OFFSET: what the machine's TSC is ahead of the host's, modulo 2^64; nothing or false if
+    /// KVM does not tell (before Linux 5.16).
+    [[nodiscard]] std::optional<std::uint64_t> tsc_offset() const;
+    [[nodiscard]] bool set_tsc_offset(std::uint64_t offset);
     [[nodiscard]] bool write_xcr0(std::uint64_t value);
     [[nodiscard]] std::optional<std::uint64_t> read_xcr0() const;
     /// KVM_GET_XSAVE; nothing if KVM refuses.
@@ -201,10 +211,11 @@ class Vm {
     /// machine's own, instead of one for each 50 pages of memory. At least 64. Ignored where KVM does not let
     /// it be set.
     void allow_shadow_pages(std::uint64_t count);
-    /// In-kernel PIC, I/O APIC, local APICs and PIT; before any vCPU. The PIT's ticks that a guest cannot
-    /// take in time are lost, as on a PC: they are not made up for. They are as a PC's BIOS leaves them: the
-    /// PIT's channel 0 ticks at 18.2 Hz, in mode 3; the PICs are at vectors 0x08 and 0x70. But all of their
-    /// inputs are masked: kernels for machines without a BIOS may enable interrupts and expect none.
+    /// In-kernel PIC, I/O APIC, local APICs and PIT; before any vCPU. Line 0, the PIT's, is input 2 of the
+    /// I/O APIC; the others are the inputs of their number. The PIT's ticks that a guest cannot take in time
+    /// are lost, as on a PC: they are not made up for. They are as a PC's BIOS leaves them: the PIT's channel
+    /// 0 ticks at 18.2 Hz, in mode 3; the PICs are at vectors 0x08 and 0x70. But all of their inputs are
+    /// masked: kernels for machines without a BIOS may enable interrupts and expect none.
     void create_interrupt_controllers();
     [[nodiscard]] Vcpu create_vcpu(unsigned id);
     void set_irq_line(unsigned irq, bool level);
@@ -213,6 +224,7 @@ class Vm {
     [[nodiscard]] bool has_unmaskable_input() const;
 
   private:
+    void route_lines();
     void leave_as_a_bios_does();
 
     File file_;

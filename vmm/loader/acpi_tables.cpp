@@ -18,7 +18,7 @@ namespace umbra {
 namespace {
 
 constexpr std::uint8_t sci_irq = 9;
-constexpr std::uint8_t timer_irq = 0;
+constexpr std::uint8_t timer_irq = 0, timer_pin = 2; // of the I/O APIC: Vm::create_interrupt_controllers
 constexpr std::uint32_t local_apic_base = 0xfee0'0000;
 constexpr std::uint32_t io_apic_base = 0xfec0'0000;
 constexpr std::uint16_t reset_port = 0xcf9;
@@ -319,9 +319,7 @@ std::vector<std::byte> make_madt(const AcpiConfig& config) {
         append(madt, LocalApic{.processor = id, .apic = id, .flags = apic_enabled});
     }
     append(madt, IoApic{.address = io_apic_base});
-    if (config.timer_pin != timer_irq)
-        append(madt, SourceOverride{
-                         .source = timer_irq, .global_interrupt = config.timer_pin, .flags = conforming});
+    append(madt, SourceOverride{.source = timer_irq, .global_interrupt = timer_pin, .flags = conforming});
     append(madt, SourceOverride{.source = sci_irq, .global_interrupt = sci_irq, .flags = active_high_level});
     append(madt, LocalApicNmi{.processor = every_processor, .flags = conforming, .pin = 1});
     return madt;

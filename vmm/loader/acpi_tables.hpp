@@ -12,8 +12,6 @@ namespace umbra {
 
 struct AcpiConfig {
     unsigned cpus = 1; ///< 1-255: local APICs with the IDs from 0
-    /// The I/O APIC's pin of IRQ 0: 0 by the routing that KVM starts with, 2 on most PCs.
-    unsigned timer_pin = 0;
 };
 
 struct AcpiTables {

@@ -76,6 +76,7 @@ constexpr std::uint8_t kind_vectored = 0, kind_nmi = 1, kind_external = 3;
 constexpr std::uint16_t active_high_level = 0x0d; // Interrupt::flags; 0: as the bus has it
 constexpr std::uint8_t every_apic = 0xff;
 
+constexpr std::uint8_t timer_pin = 2; // of the I/O APIC: Vm::create_interrupt_controllers
 constexpr std::uint8_t timer_irq = 0, cascade_irq = 2, sci_irq = 9, isa_irqs = 16;
 
 // What each processor is, for kernels without CPUID: a family 6 with an FPU and a local APIC.
@@ -144,7 +145,7 @@ std::vector<std::byte> make_mp_table(GuestPhys at, const MpConfig& config) {
     for (std::uint8_t irq = 0; irq < isa_irqs; ++irq) {
         if (irq == cascade_irq) // it interrupts nobody but the other 8259
             continue;
-        const auto pin = static_cast<std::uint8_t>(irq == timer_irq ? config.timer_pin : irq);
+        const auto pin = static_cast<std::uint8_t>(irq == timer_irq ? timer_pin : irq);
         const std::uint16_t flags = irq == sci_irq ? active_high_level : 0;
         table.add(Interrupt{io_interrupt, kind_vectored, flags, isa, irq, io_apic, pin});
     }

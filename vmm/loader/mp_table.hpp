@@ -13,8 +13,6 @@ namespace umbra {
 
 struct MpConfig {
     unsigned cpus = 1; ///< 1-255: local APICs with the IDs from 0
-    /// The I/O APIC's pin of IRQ 0: 0 by the routing that KVM starts with, 2 on most PCs.
-    unsigned timer_pin = 0;
 };
 
 inline constexpr std::uint64_t mp_table_alignment = 16; ///< bytes
