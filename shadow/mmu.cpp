@@ -243,18 +243,21 @@ std::vector<TableWrite> Mmu::finish_table_write() {
     return writes;
 }
 
-void Mmu::set_guards(Guards guards) {
+void Mmu::set_guards(Guards guards, GuardOwner owner) {
     const auto editing = edit();
-    tables_.set_guards(std::move(guards));
+    tables_.set_guards(std::move(guards), owner);
 }
 
 void Mmu::begin_guarded_access() {
     const auto editing = edit();
+    guard_open_ = true;
     if (const auto access = std::exchange(guarded_, std::nullopt))
         tables_.open_guard(access->at, access->frame);
 }
 
 void Mmu::finish_guarded_access() {
+    if (!std::exchange(guard_open_, false))
+        return;
     const auto editing = edit();
     tables_.close_guards();
 }

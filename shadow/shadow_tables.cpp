@@ -954,10 +954,37 @@ std::vector<ShadowSlot> ShadowTables::mappings(GuestFrame frame) {
 
 // --- Guards
 
-void ShadowTables::set_guards(Guards guards) {
-    if (guards == guards_)
+/// What one owner lets be executed, another may guard.
+static Guards together(const std::array<Guards, guard_owners>& owned) {
+    Guards all;
+    for (const Guards& own : owned) {
+        for (const auto& [frame, guard] : own.frames)
+            all.frames[frame] = all.frames[frame] | guard;
+        for (const auto& [page, guard] : own.pages)
+            all.pages[page] = all.pages[page] | guard;
+    }
+    const auto guarded = [](const Guards& own, const std::pair<GuestVirt, GuestFrame>& place) {
+        const auto found = own.pages.find(place.first);
+        return found != own.pages.end() && own.on_page(place.first, found->second, place.second).fetch;
+    };
+    for (const Guards& own : owned) {
+        for (const auto& place : own.executable) {
+            if (std::ranges::none_of(owned, [&](const Guards& other) { return guarded(other, place); }))
+                all.executable.insert(place);
+        }
+    }
+    return all;
+}
+
+void ShadowTables::set_guards(Guards guards, GuardOwner owner) {
+    Guards& owned = owned_guards_[static_cast<std::size_t>(owner)];
+    if (guards == owned)
         return;
-    guards_ = std::move(guards);
+    owned = std::move(guards);
+    Guards all = together(owned_guards_);
+    if (all == guards_)
+        return;
+    guards_ = std::move(all);
     guarded_slots_ = {};
     for (const auto& [page, guard] : guards_.pages) {
         for (const Level& level : paging_4_level.levels) {

@@ -110,9 +110,15 @@ struct Guard {
     bool operator==(const Guard&) const = default;
 };
 
-/// The debugger's guards: by frame, whatever address leads there, and by address (of the page's first byte),
-/// whatever is mapped there in any address space; but from `executable` frames, fetches at that address are
-/// let through.
+/// Whose guards: each has its own, and all are in force.
+enum class GuardOwner : std::uint8_t {
+    debugger,
+    guest, ///< its debug registers
+};
+inline constexpr std::size_t guard_owners = 2;
+
+/// Guards by frame, whatever address leads there, and by address (of the page's first byte), whatever is
+/// mapped there in any address space; but from `executable` frames, fetches at that address are let through.
 struct Guards {
     std::map<GuestFrame, Guard> frames;
     std::map<GuestVirt, Guard> pages;
@@ -279,7 +285,7 @@ class ShadowTables {
     void count_protected(GuestFrame frame, int change);
 
     // Guards
-    void set_guards(Guards guards);
+    void set_guards(Guards guards, GuardOwner owner);
     [[nodiscard]] Guard guard_on(GuestVirt at, GuestFrame frame) const;
     [[nodiscard]] bool has_guard(GuestVirt at, const Level& level) const;
     void open_guard(GuestVirt at, GuestFrame frame);
@@ -327,7 +333,8 @@ class ShadowTables {
     std::list<TableIndex>
         idle_; ///< tables that nothing refers to (roots among them), least recently used first
 
-    Guards guards_;
+    std::array<Guards, guard_owners> owned_guards_; ///< by GuardOwner
+    Guards guards_;                                 ///< all of them
     /// By level, 1 to 4, and slot: what lies in a guarded page, by all such pages' addresses.
     std::array<std::array<Guard, entries_per_table>, 4> guarded_slots_{};
     std::set<std::pair<GuestVirt, GuestFrame>> open_pages_; ///< not guarded until close_guards

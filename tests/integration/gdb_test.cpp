@@ -355,6 +355,46 @@ TEST_F(GdbTest, StepsBetweenKernelAndPrograms) {
     guest.expect_pass();
 }
 
+TEST_F(GdbTest, StepsEndBehindStiAndMovSs) {
+    Debugged guest("debug", {.words = {"shadows"}});
+    run_gdb(guest, "debug",
+            {
+                {"break *shadows", "^Breakpoint 1 at "},
+                {"continue", R"(^Breakpoint 1, .*shadows \(\))"},
+                {"stepi", "shadows"}, // CLI
+                {"x/i $rip", R"(<shadows\+1>:\tsti)"},
+                {"stepi", "shadows"},
+                {"x/i $rip", R"(<shadows\+2>:\tnop)"},
+                {"p ($eflags & 0x200) != 0", "= 1$"},
+                {"p ($eflags & 0x100) != 0", "= 0$"},
+                {"stepi 2", "shadows"},
+                {"x/i $rip", R"(<shadows\+5>:\tmov +%eax,%ss)"},
+                {"stepi", "shadows"},
+                {"x/i $rip", R"(<shadows\+7>:\tnop)"},
+                {"stepi 2", "shadows"}, // NOP, CLI
+                {"x/i $rip", R"(<shadows\+9>:\tret)"},
+                {"p ($eflags & 0x300) != 0", "= 0$"},
+                {"detach", "detached"},
+            });
+    guest.expect_pass();
+}
+
+TEST_F(GdbTest, DebugRegistersAreTheGuests) {
+    Debugged guest("debugregs");
+    run_gdb(guest, "debugregs",
+            {
+                {"hbreak execution_breakpoints", "^Hardware assisted breakpoint 1 at "},
+                {"hbreak off_is_off", "^Hardware assisted breakpoint 2 at "},
+                {"continue", "^Breakpoint 1, .*execution_breakpoints"},
+                {"continue", "^Breakpoint 2, .*off_is_off"},
+                {"watch elsewhere[8]", R"(^Hardware watchpoint 3: elsewhere\[8\]$)"},
+                {"continue", R"(^Hardware watchpoint 3: [^]*New value = 1)"},
+                {"p met", "= 0$"}, // which comes to the guest when it goes on
+                {"detach", "detached"},
+            });
+    guest.expect_pass();
+}
+
 TEST_F(GdbTest, OwnInt3IsTheGuests) {
     Debugged guest("debug", {.words = {"int3"}});
     run_gdb(guest, "debug",

@@ -142,10 +142,6 @@ class Vcpu {
     void nmi_taken() { nmi_blocked_ = true; }
     /// NMIs may come again. Cheap if none has been taken.
     void unblock_nmi();
-    /// The guest's DR0 to DR3 and DR7 for the machine, with a DR6 that tells of nothing.
-    void set_debug_registers(const std::array<std::uint64_t, 4>& addresses, std::uint64_t dr7);
-    /// The machine's DR6.
-    [[nodiscard]] std::uint64_t debug_status() const;
     /// KVM_SET_MP_STATE: the vCPU sleeps until an interrupt that RFLAGS.IF admits.
     void halt();
     /// It sleeps no longer.
