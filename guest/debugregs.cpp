@@ -18,6 +18,10 @@
 
 using namespace umbra::guest;
 
+extern "C" {
+std::uint64_t pushed_flags = 0;
+}
+
 namespace {
 
 bool qemu; // the CPU is QEMU's own emulation
@@ -261,6 +265,60 @@ void implied_accesses() {
     print("debugregs: MOV SS, frames\n");
 }
 
+// --- Steps
+
+/// IRETQ sets RFLAGS.TF and goes to `text`, with `popped` on the stack and SS's selector in ECX. The #DB must
+/// be at its label 2.
+#define STEP(popped, text)                                                                                   \
+    [&] {                                                                                                    \
+        expect_none();                                                                                       \
+        steps_left = 1;                                                                                      \
+        std::uint64_t behind = 0;                                                                            \
+        asm volatile("lea 2f(%%rip), %0\n push %1\n mov %%rsp, %%rdx\n mov %2, %%ecx\n push %2\n"            \
+                     "push %%rdx\n pushfq\n orq $0x100, (%%rsp)\n push %3\n push $1f\n"                      \
+                     "iretq\n 1: " text "\n lea 8(%%rdx), %%rsp"                                             \
+                     : "=&r"(behind)                                                                         \
+                     : "r"(std::uint64_t{popped}), "i"(kernel_data), "i"(kernel_code)                        \
+                     : "rax", "rcx", "rdx", "memory", "cc");                                                 \
+        return met_once(behind, dr6_bs);                                                                     \
+    }()
+
+[[gnu::noinline]] void steps() {
+    CHECK(STEP(0, "nop\n 2: nop"));
+    CHECK(STEP(0, "cli\n 2: nop"));
+    if (!qemu) // which does not step behind STI
+        CHECK(STEP(0, "sti\n 2: cli"));
+    CHECK(STEP(0, "mov %%cr0, %%rax\n 2: nop"));
+    CHECK(STEP(0, "mov %%ecx, %%ss\n nop\n 2: nop")); // is held for one instruction
+    CHECK(STEP(0, "in $0x21, %%al\n 2: nop"));        // of a device that is KVM's
+    CHECK(STEP(0, "in $0x80, %%al\n 2: nop"));
+    CHECK(STEP(rflags_fixed, "popfq\n 2: nop")); // which clears it
+    CHECK(STEP(0, "pushfq\n 2: pop pushed_flags(%%rip)"));
+    CHECK((pushed_flags & rflags_tf) != 0);
+    // POPFQ sets it: behind the next instruction.
+    expect_none();
+    steps_left = 1;
+    std::uint64_t behind = 0;
+    asm volatile("lea 2f(%%rip), %0\n pushfq\n orq $0x100, (%%rsp)\n popfq\n nop\n 2: nop"
+                 : "=&r"(behind)
+                 :
+                 : "memory", "cc");
+    CHECK(met_once(behind, dr6_bs));
+}
+
+void single_steps() {
+    steps();
+    // The same where each instruction is looked at, for breakpoints that are never met.
+    set_address(0, address_of(&steps));
+    set_address(1, address_of(&steps) + 1024);
+    control(enable(0, access, one) | enable(1, access, one));
+    steps();
+    asm volatile("pushfq\n pop pushed_flags(%%rip)" : : : "memory");
+    CHECK((pushed_flags & rflags_tf) == 0);
+    control(0);
+    print("debugregs: steps\n");
+}
+
 // --- The rest
 
 void ports() {
@@ -364,6 +422,7 @@ extern "C" int kernel_main(const BootParams& boot) {
         general_detection();
     }
     off_is_off();
+    single_steps();
     enable_user_mode();
     programs_meet_them(AddressSpace::current());
     print("debugregs: passed\n");

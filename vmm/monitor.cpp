@@ -812,7 +812,12 @@ Monitor::Step Monitor::handle_syscall() {
 /// vol. 3B, 17.2.3).
 Monitor::Step Monitor::deliver_debug(std::uint64_t status) {
     cpu_.dr6 = (cpu_.dr6 & ~dr6::breakpoints) | status;
-    return deliver_event(Event::of({Vector::debug, std::nullopt, {}}), TrapReason::exception);
+    const Event event = Event::of({Vector::debug, std::nullopt, {}});
+    if (debugger_ && debugger_->stop_wanted()) { // by the same instruction: there gdb looks first
+        held_event_ = event;
+        return std::nullopt;
+    }
+    return deliver_event(event, TrapReason::exception);
 }
 
 /// An entry for one instruction is over, and it is done.
