@@ -10,6 +10,7 @@
 //   idle       calls idle() again and again until then, and halts in between if the timer ticks
 //   sleep      halts for ever with interrupts disabled
 //   panic      ends in a triple fault
+//   shadows    calls shadows()
 //   int3       executes int3, and counts that its own handler gets it
 //
 // Outcome: passed.
@@ -84,6 +85,11 @@ alignas(4096) volatile std::uint8_t two_pages[2 * 4096];
 /// disabled.
 [[gnu::naked, gnu::noinline]] std::uint64_t pushed_flags() {
     asm("pushfq\n pop %rax\n cli\n push %rax\n popfq\n cli\n ret");
+}
+
+/// Instructions behind which a CPU takes no interrupt before the next one is done.
+[[gnu::naked, gnu::noinline]] void shadows() {
+    asm("cli\n sti\n nop\n mov %ss, %eax\n mov %eax, %ss\n nop\n cli\n ret");
 }
 
 [[gnu::noinline]] void work(std::uint64_t round) {
@@ -186,6 +192,8 @@ extern "C" int kernel_main(const BootParams& boot) {
         work(round);
     }
     CHECK_EQ(place.x + place.y, -1);
+    if (boot.has_option("shadows"))
+        shadows();
     if (boot.has_option("int3")) {
         asm volatile("int3");
         CHECK_EQ(breakpoints, 1U);

@@ -5,11 +5,41 @@
 #include <algorithm>
 
 namespace umbra {
+namespace {
 
-bool GuardSet::set(Guards guards) {
-    if (guards == guards_)
+/// What one owner lets be executed, another may guard.
+Guards together(const std::array<Guards, guard_owners>& owned) {
+    Guards all;
+    for (const Guards& own : owned) {
+        for (const auto& [frame, guard] : own.frames)
+            all.frames[frame] = all.frames[frame] | guard;
+        for (const auto& [page, guard] : own.pages)
+            all.pages[page] = all.pages[page] | guard;
+    }
+    const auto guarded = [](const Guards& own, const std::pair<GuestVirt, GuestFrame>& place) {
+        const auto found = own.pages.find(place.first);
+        return found != own.pages.end() && own.on_page(place.first, found->second, place.second).fetch;
+    };
+    for (const Guards& own : owned) {
+        for (const auto& place : own.executable) {
+            if (std::ranges::none_of(owned, [&](const Guards& other) { return guarded(other, place); }))
+                all.executable.insert(place);
+        }
+    }
+    return all;
+}
+
+} // namespace
+
+bool GuardSet::set(Guards guards, GuardOwner owner) {
+    Guards& owned = owned_[static_cast<std::size_t>(owner)];
+    if (guards == owned)
         return false;
-    guards_ = std::move(guards);
+    owned = std::move(guards);
+    Guards all = together(owned_);
+    if (all == guards_)
+        return false;
+    guards_ = std::move(all);
     guarded_slots_ = {};
     for (const auto& [page, guard] : guards_.pages) {
         for (const Level& level : paging_4_level.levels) {

@@ -1,7 +1,8 @@
 // Guards: accesses that must not go unseen, by frame and by address.
 //
-// The debugger's watchpoints and breakpoints are made of them. A guard is kept by what it takes from the
-// level-1 entries that would let the access through (shadow/leaves.hpp), and it opens for one instruction.
+// Watchpoints and breakpoints are made of them: the debugger's, and those of the guest's debug registers. A
+// guard is kept by what it takes from the level-1 entries that would let the access through
+// (shadow/leaves.hpp), and it opens for one instruction.
 #pragma once
 
 #include "shadow/guest_walk.hpp"
@@ -30,7 +31,14 @@ struct Guard {
     bool operator==(const Guard&) const = default;
 };
 
-/// The debugger's guards: by frame, whatever address leads there, and by address (of the page's first byte),
+/// Whose guards: each has its own, and all are in force.
+enum class GuardOwner : std::uint8_t {
+    debugger,
+    guest, ///< its debug registers
+};
+inline constexpr std::size_t guard_owners = 2;
+
+/// Guards by frame, whatever address leads there, and by address (of the page's first byte),
 /// whatever is mapped there in any address space; but from `executable` frames, fetches at that address are
 /// let through.
 struct Guards {
@@ -51,9 +59,10 @@ class GuardSet {
     /// `config` outlives this.
     explicit GuardSet(const MmuConfig& config) : config_(config) {}
 
-    /// False if these are in force already. The caller forgets every table otherwise: the places of guards
-    /// are part of tables' keys (Role::guarded).
-    [[nodiscard]] bool set(Guards guards);
+    /// From now on these are in force, in place of the owner's earlier ones. False if nothing changes by
+    /// that. The caller forgets every table otherwise: the places of guards are part of tables' keys
+    /// (Role::guarded).
+    [[nodiscard]] bool set(Guards guards, GuardOwner owner);
     [[nodiscard]] bool none() const { return guards_.frames.empty() && guards_.pages.empty(); }
 
     /// What must not go unseen of accesses to this frame by this address. No less than on_entry forbids: an
@@ -90,7 +99,8 @@ class GuardSet {
     [[nodiscard]] Guard on_slot(unsigned slot, GuestFrame frame) const;
 
     const MmuConfig& config_;
-    Guards guards_;
+    std::array<Guards, guard_owners> owned_; ///< by GuardOwner
+    Guards guards_;                          ///< all of them together
     /// By level, 1 to 4, and slot: what lies in a guarded page, by all such pages' addresses.
     std::array<std::array<Guard, entries_per_table>, 4> guarded_slots_{};
     std::set<std::pair<GuestVirt, GuestFrame>> open_pages_;

@@ -228,18 +228,20 @@ std::vector<TableWrite> Mmu::finish_table_write() {
     return writes;
 }
 
-void Mmu::set_guards(Guards guards) {
-    edit()->set_guards(std::move(guards));
+void Mmu::set_guards(Guards guards, GuardOwner owner) {
+    edit()->set_guards(std::move(guards), owner);
 }
 
 void Mmu::begin_guarded_access() {
     const auto shadow = edit();
+    guard_open_ = true;
     if (const auto access = std::exchange(guarded_, std::nullopt))
         shadow->guards.open(access->at, access->frame);
 }
 
 void Mmu::finish_guarded_access() {
-    edit()->close_guards();
+    if (std::exchange(guard_open_, false))
+        edit()->close_guards();
 }
 
 void Mmu::flush(const FlushScope& scope) {

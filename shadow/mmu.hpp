@@ -108,15 +108,19 @@ class Mmu {
 
     [[nodiscard]] bool table_write_begun() const { return !open_.empty(); }
 
-    /// From now on these accesses of the guest end in Miss::guarded, on every vCPU. So may others, to pages
-    /// that have the level-1 entry of a guarded page in a table with guards: the caller looks at the address.
-    /// Without a change nothing happens; with one, every table is forgotten.
-    void set_guards(Guards guards);
+    /// From now on these accesses of the guest end in Miss::guarded, on every vCPU, beside those that the
+    /// other owner has guarded. So may others, to pages that have the level-1 entry of a guarded page in a
+    /// table with guards: the caller looks at the address. Without a change nothing happens; with one, every
+    /// table is forgotten.
+    void set_guards(Guards guards, GuardOwner owner = GuardOwner::debugger);
     /// After Miss::guarded, before anything else: lets accesses to that page through, by that address and to
     /// that frame, until finish_guarded_access. The caller runs the guest for one instruction, which may come
     /// here for several pages before it is done.
     void begin_guarded_access();
+    /// Does nothing if none was begun.
     void finish_guarded_access();
+
+    [[nodiscard]] bool guarded_access_begun() const { return guard_open_; }
 
     /// What `enter` would ask for now.
     [[nodiscard]] const Debt& debt() const { return ledger_.debt(); }
@@ -163,7 +167,8 @@ class Mmu {
         GuestFrame frame;
     };
     std::optional<AskedAccess> guarded_; ///< the last Miss::guarded
-    std::vector<GuestFrame> open_;       ///< tables with a write under way
+    bool guard_open_ = false;
+    std::vector<GuestFrame> open_; ///< tables with a write under way
 
     std::vector<GuestVirt> exposed_; ///< pages filled for a fetch, though hidden from data accesses
     bool just_exposed_ = false;      ///< the last of them by the last fault: the fetch is still to come

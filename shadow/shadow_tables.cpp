@@ -43,8 +43,8 @@ bool ShadowParts::move_slot(const GuestPaging& paging) {
     return true;
 }
 
-void ShadowParts::set_guards(Guards wanted) {
-    if (guards.set(std::move(wanted)))
+void ShadowParts::set_guards(Guards wanted, GuardOwner owner) {
+    if (guards.set(std::move(wanted), owner))
         reset();
 }
 

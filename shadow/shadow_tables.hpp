@@ -31,7 +31,7 @@ struct ShadowParts {
     /// The guest has begun to use the reserved slot: moves the switcher to another, in every root. False if
     /// the guest uses them all.
     [[nodiscard]] bool move_slot(const GuestPaging& paging);
-    void set_guards(Guards wanted);
+    void set_guards(Guards wanted, GuardOwner owner);
     void close_guards();
 
     const GuestMemory& memory;

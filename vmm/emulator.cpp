@@ -144,6 +144,7 @@ class Executor {
 
     // Privilege
     [[nodiscard]] bool privileged() const { return cpu_->cpl == 0; }
+    [[nodiscard]] bool steps() const { return (cpu_->rflags & rflags::trap) != 0 || environment_->steps(); }
     [[nodiscard]] bool io_flag_privileged() const { return cpu_->cpl <= cpu_->iopl(); }
     [[nodiscard]] bool umip_denies() const { return cpu_->cpl != 0 && (cpu_->cr4 & cr4::umip) != 0; }
     /// An explicit data access of the instruction. What it reads by itself, descriptors and the TSS, are
@@ -634,8 +635,7 @@ Emulation Executor::set_interrupt_flag() {
         return Done{};
     // STI; HLT in one go: no interrupt can come between, and its wake-up be lost.
     constexpr std::byte hlt{0xf4};
-    if (instruction_.length < fetched_ && bytes_[instruction_.length] == hlt && privileged() &&
-        (cpu_->rflags & rflags::trap) == 0) {
+    if (instruction_.length < fetched_ && bytes_[instruction_.length] == hlt && privileged() && !steps()) {
         cpu_->rip += 1;
         cpu_->halted = true;
         return Halted{};
@@ -714,7 +714,7 @@ Emulation Executor::string_io() {
     const Gpr pointer = write ? Gpr::rsi : Gpr::rdi;
     const std::uint64_t step = (cpu_->rflags & rflags::direction) != 0 ? -std::uint64_t{size} : size;
     const ZydisDecodedOperand& memory = memory_operand();
-    const unsigned chunk = (cpu_->rflags & rflags::trap) != 0 ? 1 : string_chunk; // each is a step
+    const unsigned chunk = steps() ? 1 : string_chunk;
 
     for (unsigned elements = 0;; ++elements) {
         if (repeated && (reg(Gpr::rcx) & address_mask) == 0)

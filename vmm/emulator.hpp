@@ -68,6 +68,9 @@ class CpuEnvironment {
     [[nodiscard]] virtual bool write_xcr0(std::uint64_t value) = 0;
     [[nodiscard]] virtual std::uint64_t read_tsc() = 0;
 
+    /// Whether no more than one instruction, or one element of a repeated one, is to be done at a time.
+    [[nodiscard]] virtual bool steps() { return false; }
+
     virtual void paging_changed(const PagingChange& change) = 0;
     /// What CR3 with this value loads into the PDPTE registers under PAE paging: load_pdptes() of the guest's
     /// memory. nullopt: a present one has a reserved bit set; the guest gets #GP(0). This one is for a CPU
@@ -105,7 +108,7 @@ struct Raised {
 struct SoftwareEvent {
     Event event;
 };
-/// HLT: cpu.halted is set. `STI; HLT` is executed in one go, RIP after both.
+/// HLT: cpu.halted is set. `STI; HLT` is executed in one go, RIP after both, where nobody steps.
 struct Halted {};
 /// IN or OUT at a port that an in-kernel device owns: not executed, but RIP has advanced. The machine shall
 /// do it with AL, AX or EAX by `size`; a read of 4 bytes clears the upper half of RAX.

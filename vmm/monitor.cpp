@@ -23,10 +23,6 @@ constexpr unsigned fill_patience = 16;
 
 constexpr std::uint8_t first_interrupt = 32;
 
-// DR6 and DR7 (Intel SDM vol. 3B, 17.2.3 and 17.2.4).
-constexpr std::uint64_t dr6_breakpoints = 0xf, dr6_single_step = 1U << 14;
-constexpr std::uint64_t dr7_fixed = 0x400, dr7_enabled = 0xff, dr7_general_detect = 1U << 13;
-
 /// The guest has not ended by itself, and nobody has ended it.
 bool is_panic(const Verdict& verdict) {
     switch (verdict.kind) {
@@ -81,6 +77,21 @@ MmuConfig mmu_config(const Machine& machine, const HostTraits& traits, const Mon
 /// Vectors for which the CPU pushes an error code (Intel SDM vol. 3A, 6.13).
 bool pushes_error_code(std::uint8_t vector) {
     return vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21;
+}
+
+/// Whether this trap's frame has RFLAGS.RF set, whatever the guest's is: by the class of the exception.
+bool sets_resume_flag(const Trap& trap) {
+    if (trap.kind != Trap::Kind::vector && trap.kind != Trap::Kind::descriptor)
+        return false;
+    switch (static_cast<Vector>(trap.vector)) {
+    case Vector::debug:
+    case Vector::nmi:
+    case Vector::breakpoint:
+    case Vector::overflow:
+        return false;
+    default: // faults, and interrupts, which come between instructions
+        return trap.vector < first_interrupt;
+    }
 }
 
 /// What is at RIP, for Monitor::run_ahead.
@@ -220,7 +231,6 @@ Monitor::Step Monitor::enter() {
     if (placed_slot_ != state.reserved_slot) {
         placed_slot_ = state.reserved_slot;
         switcher_.place(placed_slot_);
-        refresh_control(); // breakpoints
     }
     machine_.vcpu().unblock_nmi();
     // Where ring 0 goes on with the guest, a debt wakes it at once, as a CPU may.
@@ -228,18 +238,7 @@ Monitor::Step Monitor::enter() {
     if (cpu_.halted) // a signal may have ended its sleep: the switcher cannot run in it
         machine_.vcpu().wake();
     const std::uint64_t flags = cpu_.rflags, rip = cpu_.rip;
-    single_step_ = table_write_.has_value();
-    interrupts_held_ = false;
-    if (debugger_ && debugger_->prepare_entry()) {
-        single_step_ = true;
-        if (native_access_) { // is the step: the guest gets no further
-            after_access_ = rip;
-            cpu_.rip = switcher_.unreachable().value();
-            single_step_ = false;
-        } else {
-            interrupts_held_ = debugger_->holds_interrupts() && !sleeping;
-        }
-    }
+    prepare_steps(sleeping);
     if (single_step_)
         cpu_.rflags |= rflags::trap;
     if (interrupts_held_)
@@ -266,6 +265,42 @@ Monitor::Step Monitor::enter() {
     return std::nullopt;
 }
 
+/// Whether the guest is to be entered for one instruction.
+void Monitor::prepare_steps(bool sleeping) {
+    const bool guarded = mmu_.guarded_access_begun();
+    const bool debugger_steps = debugger_ && debugger_->prepare_entry();
+    single_step_ = table_write_ || guarded || debugger_steps || breakpoints_.wants_step();
+    interrupts_held_ = (guarded || (debugger_steps && debugger_->holds_interrupts())) && !sleeping;
+    stepping_ = (cpu_.rflags & rflags::trap) != 0;
+    step_kind_.reset();
+    if (native_access_ && (single_step_ || stepping_)) { // is the step: the guest gets no further
+        after_access_ = cpu_.rip;
+        cpu_.rip = switcher_.unreachable().value();
+        single_step_ = false;
+        interrupts_held_ = true;
+    } else if (single_step_ || stepping_) {
+        step_kind_ = step_kind(code(), code_mode(cpu_));
+    }
+    switcher_.withhold_iopl(withholds_iopl());
+}
+
+/// Whether the instruction that the guest is entered for is left to the emulator: the machine may not end a
+/// step behind STI, and watched ports are seen there.
+bool Monitor::withholds_iopl() const {
+    if (step_kind_ == StepKind::string_io) // which it does not do at those ports
+        return !Platform::kvm_owns(Port{static_cast<std::uint16_t>(cpu_[Gpr::rdx])});
+    return step_kind_ == StepKind::by_iopl;
+}
+
+/// The bytes at RIP, as the guest wrote them.
+std::vector<std::byte> Monitor::code() {
+    if (debugger_)
+        return debugger_->code();
+    std::vector<std::byte> bytes(ahead_bytes);
+    bytes.resize(space().peek(linear_rip(cpu_), bytes));
+    return bytes;
+}
+
 Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     Vcpu& vcpu = machine_.vcpu();
     begin_trap();
@@ -279,13 +314,15 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
     const bool trapped = reason == ExitReason::port && in_ring0 && vcpu.port_exit().port == TRAP_PORT;
     Trap trap;
     if (trapped || !in_ring0) {
-        const std::uint64_t own_flags = cpu_.rflags;
+        const std::uint64_t own_flags = cpu_.rflags, own_rip = cpu_.rip;
         trap = switcher_.leave(cpu_);
         const bool nmi_came = note_nmi();
-        if (single_step_)
+        if (single_step_ || interrupts_held_)
             take_back_flags(trap, own_flags);
         else if ((cpu_.rflags & ~own_flags & rflags::trap) != 0 && (nmi_came || vcpu.nmi_waits()))
             cpu_.rflags &= ~rflags::trap; // KVM's, to see the end of the interrupt shadow
+        if (sets_resume_flag(trap) && (cpu_.rip != own_rip || (own_flags & rflags::resume) == 0))
+            cpu_.rflags &= ~rflags::resume;
         if (after_access_)
             cpu_.rip = *after_access_;
         last_rip_ = std::exchange(trap_.rip, GuestVirt(cpu_.rip));
@@ -356,12 +393,29 @@ Monitor::Step Monitor::handle_exit(ExitReason reason, RunControl& control) {
 void Monitor::take_back_flags(const Trap& trap, std::uint64_t own) {
     const bool done =
         trap.kind == Trap::Kind::vector && trap.vector == static_cast<std::uint8_t>(Vector::debug);
-    const std::uint64_t changed = rflags::trap | (interrupts_held_ ? rflags::interrupt : 0);
+    std::uint64_t changed = (single_step_ ? rflags::trap : 0) | (interrupts_held_ ? rflags::interrupt : 0);
     const auto taken_back = [&](std::uint64_t flags) { return (flags & ~changed) | (own & changed); };
-    cpu_.rflags =
-        debugger_ ? debugger_->flags_after_step(cpu_.rflags, own, changed, done) : taken_back(cpu_.rflags);
+    if (done && step_kind_ == StepKind::pushes_flags)
+        take_back_pushed(own, changed);
+    if (done && step_kind_ == StepKind::pops_flags) // they are what it has popped, as far as it may
+        changed &= cpu_.cpl > cpu_.iopl() ? rflags::interrupt : 0;
+    cpu_.rflags = taken_back(cpu_.rflags);
     if (trap.kind == Trap::Kind::syscall)
         cpu_[Gpr::r11] = taken_back(cpu_[Gpr::r11]);
+}
+
+/// PUSHF has pushed flags of which those of `changed` were umbra's. TF and IF are in one byte.
+void Monitor::take_back_pushed(std::uint64_t own, std::uint64_t changed) {
+    constexpr unsigned byte = 1, byte_bits = 8;
+    const std::uint64_t stack = cpu_[Gpr::rsp] + byte;
+    const GuestVirt at = cpu_.cs.long_mode ? GuestVirt(stack) : linear(cpu_, cpu_.ss.base + stack);
+    const GuestWalk walk = walk_guest(machine_.memory(), paging(), at, {.ac = true});
+    const auto ram = walk.fault ? std::span<std::byte>() : machine_.memory().range(walk.address, 1);
+    if (ram.empty())
+        return;
+    const auto mask = static_cast<std::byte>(changed >> byte_bits);
+    ram.front() = (ram.front() & ~mask) | (static_cast<std::byte>(own >> byte_bits) & mask);
+    (void)tables_.wrote(walk.address, 1);
 }
 
 /// At the end of an exit: the guest stops here if the debugger wants it, and it can. A guest that cannot go
@@ -409,6 +463,7 @@ Monitor::Step Monitor::serve_stop(RunControl& control) {
     machine_.platform().flush();
     cpu_.cr8 = machine_.vcpu().cr8();
     frontend.stopped(debugger_->take_stop());
+    breakpoints_.abandon();
     for (auto serve = DebugFrontend::Serve::waiting; serve != DebugFrontend::Serve::resume;) {
         if (auto ending = attend(control)) // before it serves: what comes later wakes it again
             return ending;
@@ -439,8 +494,11 @@ Monitor::Step Monitor::handle_trap(const Trap& trap) {
         after_access_.reset();
         trap_.reason = TrapReason::signal;
         trap_.action = TrapAction::attend;
-        debugger_->executed();
-        return std::nullopt;
+        if (trap.vector == static_cast<std::uint8_t>(Vector::nmi)) {
+            machine_.vcpu().nmi_taken();
+            nmi_pending_ = true;
+        }
+        return finish_step();
     }
     was_halted_ = std::exchange(cpu_.halted, false);
     switch (trap.kind) {
@@ -460,16 +518,12 @@ Monitor::Step Monitor::handle_trap(const Trap& trap) {
     last_fill_ = {};
     if (table_write_)
         finish_table_write();
-    if (trap.vector == static_cast<std::uint8_t>(Vector::debug) && single_step_) {
-        if (debugger_)
-            debugger_->stepped();
-        const bool guests_own = (cpu_.rflags & rflags::trap) != 0 || met_breakpoint();
-        if (!guests_own) {
-            trap_.reason = TrapReason::exception;
-            trap_.vector = trap.vector;
-            trap_.action = TrapAction::attend;
-            return std::nullopt;
-        }
+    if (trap.vector == static_cast<std::uint8_t>(Vector::debug) && single_step_ &&
+        step_kind_ != StepKind::int1) {
+        trap_.reason = TrapReason::exception;
+        trap_.vector = trap.vector;
+        trap_.action = TrapAction::attend;
+        return finish_step();
     }
     // By a gate that is not for CPL 3 it is #GP, and where 32-bit code is interpreted #UD.
     const bool int3 = trap.vector == static_cast<std::uint8_t>(Vector::breakpoint) ||
@@ -522,15 +576,46 @@ Monitor::Step Monitor::handle_page_fault(const Trap& trap) {
     case Miss::table_write:
         return begin_table_write(trap, access, miss.address);
     case Miss::guarded:
-        last_fill_ = {};
-        trap_.action = TrapAction::attend;
-        debugger_->guarded(trap.address, access);
-        return std::nullopt;
+        return handle_guarded(trap, access);
     case Miss::no_slot:
         return stop(Verdict::Kind::stopped,
                     "the guest uses all 512 entries of its top-level page table: no room for the switcher");
     }
     __builtin_unreachable();
+}
+
+/// An access that gdb's breakpoints and watchpoints, or the guest's own, may be about. It is made by an entry
+/// for one instruction.
+Monitor::Step Monitor::handle_guarded(const Trap& trap, Access access) {
+    last_fill_ = {};
+    trap_.action = TrapAction::attend;
+    if (debugger_ && !debugger_->guarded(trap.address, access))
+        return std::nullopt;
+    const GuestVirt rip = linear_rip(cpu_);
+    if (access.fetch && trap.address.page_base() == rip.page_base()) {
+        if (const std::uint64_t met = breakpoints_.at_instruction(); met != 0)
+            return deliver_debug(met);
+    }
+    if (Guards wanted = breakpoints_.guards(); wanted != breakpoint_guards_) {
+        if (!wanted.pages.contains(trap.address.page_base())) { // met in vain
+            breakpoint_guards_ = wanted;
+            mmu_.set_guards(std::move(wanted), GuardOwner::guest);
+            return std::nullopt; // it is made anew
+        }
+    }
+    note_operands();
+    if (!access.fetch)
+        breakpoints_.accessed(trap.address, 1, access.write);
+    mmu_.begin_guarded_access();
+    return std::nullopt;
+}
+
+/// What the instruction at RIP accesses, for the guest's breakpoints.
+void Monitor::note_operands() {
+    if (!breakpoints_.enabled())
+        return;
+    if (const auto operands = memory_accesses(cpu_, code()))
+        breakpoints_.accessed(*operands);
 }
 
 /// The guest writes to one of its live page tables: it may, for one instruction, after which is looked what
@@ -565,6 +650,8 @@ void Monitor::stored(GuestPhys at, std::optional<GuestVirt> linear, std::size_t 
         checks_->table_written(writes, origin());
     if (debugger_)
         debugger_->stored(at, linear, size);
+    if (linear)
+        breakpoints_.accessed(*linear, size, true);
 }
 
 /// Whether the guest's GDT has its programs' code at a selector that is valid in the host's GDT, so that
@@ -595,6 +682,7 @@ Monitor::Step Monitor::finish_user_entry() {
     trap_.reason = TrapReason::instruction;
     trap_.action = TrapAction::emulate;
     trap_.instruction = "iretq";
+    mmu_.finish_guarded_access();
     if (debugger_)
         debugger_->executed();
     return std::nullopt;
@@ -613,8 +701,7 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
     case Vector::general_protection:
         break; // perhaps an instruction that only the machine's CPL 3 refuses
     case Vector::debug:
-        tell_debug_status(stepping);
-        return deliver_event(original, TrapReason::exception);
+        return was_int1() ? deliver_event(original, TrapReason::exception) : finish_instruction(true);
     case Vector::breakpoint:
     case Vector::overflow:
         original.kind = EventKind::software_exception; // its gate's privilege is checked
@@ -643,6 +730,8 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
         return deliver_event(original, TrapReason::exception);
     }
 
+    if (missed_step())
+        return finish_instruction(true);
     const DescriptorTable gdtr = cpu_.gdtr;
     cpu_.cr8 =
         machine_.vcpu().cr8(); // the task priority, which the guest may also have set at its local APIC
@@ -652,6 +741,7 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
         trap_.action = TrapAction::attend;
         return std::nullopt;
     }
+    note_operands();
     const Emulation emulation = emulate(cpu_, space(), *this, &trap_.instruction);
     return std::visit(
         Overloaded{
@@ -662,10 +752,11 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
                     mmu_.set_trap_user_fetch(has_untrapped_user_code());
                 if (auto verdict = machine_.guest_verdict())
                     return verdict;
+                mmu_.finish_guarded_access();
                 if (debugger_)
                     debugger_->executed();
-                if (steps(done, stepping))
-                    return deliver_step();
+                if (auto verdict = finish_instruction(done, stepping))
+                    return verdict;
                 return done.interrupt_shadow ? std::nullopt : run_ahead(); // in it the guest must run
             },
             [&](const emulated::Raised& raised) -> Step {
@@ -675,10 +766,11 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
                 return deliver_event(software.event, TrapReason::instruction);
             },
             [&](const emulated::Halted&) -> Step {
+                mmu_.finish_guarded_access();
                 if (stepping) { // which wakes it up
                     if (debugger_)
                         debugger_->executed();
-                    return deliver_step();
+                    return finish_instruction(stepping);
                 }
                 machine_.platform().flush();
                 if (end_dead_halt_ && (cpu_.rflags & rflags::interrupt) == 0 &&
@@ -691,6 +783,7 @@ Monitor::Step Monitor::handle_exception(const Trap& trap) {
             },
             [&](const emulated::PortAccess& access) -> Step {
                 native_access_ = NativePortAccess{access.port, access.size, access.write};
+                breakpoints_.accessed_port(access.port, access.size);
                 trap_.reason = access.write ? TrapReason::port_write : TrapReason::port_read;
                 trap_.action = TrapAction::machine;
                 trap_.detail = access.port;
@@ -744,26 +837,71 @@ Monitor::Step Monitor::handle_syscall() {
     trap_.action = TrapAction::enter;
     if (debugger_)
         debugger_->executed();
-    return (cpu_.rflags & rflags::trap) != 0 ? deliver_step() : run_ahead();
+    mmu_.finish_guarded_access();
+    const bool stepping = (cpu_.rflags & rflags::trap) != 0;
+    return stepping || breakpoints_.enabled() ? finish_instruction(stepping) : run_ahead();
 }
 
-/// The #DB of RFLAGS.TF, behind an instruction.
-Monitor::Step Monitor::deliver_step() {
-    cpu_.dr6 |= dr6_single_step;
-    return deliver_event(Event::of({Vector::debug, std::nullopt, {}}), TrapReason::exception);
+/// A #DB for the reasons in `status`, by bits of DR6. Of those, B0 to B3 are of the last #DB only (Intel SDM
+/// vol. 3B, 17.2.3).
+Monitor::Step Monitor::deliver_debug(std::uint64_t status) {
+    cpu_.dr6 = (cpu_.dr6 & ~dr6::breakpoints) | status;
+    const Event event = Event::of({Vector::debug, std::nullopt, {}});
+    if (debugger_ && debugger_->stop_wanted()) { // by the same instruction: there gdb looks first
+        held_event_ = event;
+        return std::nullopt;
+    }
+    return deliver_event(event, TrapReason::exception);
 }
 
-/// Whether an instruction that was emulated ends in a #DB: `stepping` is RFLAGS.TF of before it.
-bool Monitor::steps(const emulated::Done& done, bool stepping) const {
+/// An entry for one instruction is over, and it is done.
+Monitor::Step Monitor::finish_step() {
+    mmu_.finish_guarded_access();
+    if (debugger_)
+        debugger_->executed();
+    return finish_instruction(stepping_);
+}
+
+/// An instruction is done: the #DB of what it has met, or of RFLAGS.TF (`stepping`), if there is one.
+Monitor::Step Monitor::finish_instruction(bool stepping) {
+    const std::uint64_t status = breakpoints_.take() | (stepping ? dr6::single_step : 0);
+    return status != 0 ? deliver_debug(status) : std::nullopt;
+}
+
+/// The same for one that was emulated: `stepping` is RFLAGS.TF of before it.
+Monitor::Step Monitor::finish_instruction(const emulated::Done& done, bool stepping) {
     switch (done.step) {
     case emulated::SingleStep::flags_before:
-        return stepping;
+        return finish_instruction(stepping);
     case emulated::SingleStep::flags_after:
-        return (cpu_.rflags & rflags::trap) != 0;
+        return finish_instruction((cpu_.rflags & rflags::trap) != 0);
     case emulated::SingleStep::held:
+        breakpoints_.hold_back();
         break;
     }
-    return false;
+    return std::nullopt;
+}
+
+/// Whether a #DB of the machine is that of INT1, where that does not trap otherwise. If it is not, and
+/// RFLAGS.TF is clear behind it, the instruction was a POPF.
+bool Monitor::was_int1() {
+    if (step_kind_)
+        return step_kind_ == StepKind::int1;
+    constexpr std::byte int1{0xf1};
+    return (cpu_.rflags & rflags::trap) == 0 && is_behind(int1);
+}
+
+/// Whether the machine has left out the step behind the STI that follows a POPF which has set RFLAGS.TF, as
+/// QEMU's emulation does.
+bool Monitor::missed_step() {
+    constexpr std::byte sti{0xfb};
+    return (cpu_.rflags & rflags::trap) != 0 && !step_kind_ && is_behind(sti);
+}
+
+bool Monitor::is_behind(std::byte instruction) {
+    std::byte before{};
+    return space().peek(linear_rip(cpu_) - std::uint64_t{1}, std::span(&before, 1)) == 1 &&
+           before == instruction;
 }
 
 /// Emulates what comes next, as long as it would trap at once: around SWAPGS, at the beginning and the end of
@@ -772,7 +910,7 @@ Monitor::Step Monitor::run_ahead() {
     constexpr unsigned most = 8; // a guest's loop of such instructions must not keep the monitor here
     const auto may = [this] {
         return cpu_.cpl == 0 && cpu_.cs.long_mode && (cpu_.rflags & rflags::trap) == 0 && !debugger_ &&
-               checks_ == nullptr && !table_write_;
+               checks_ == nullptr && !table_write_ && !breakpoints_.enabled();
     };
     for (unsigned i = 0; i < most && may(); ++i) {
         std::array<std::byte, ahead_bytes> bytes{};
@@ -786,8 +924,8 @@ Monitor::Step Monitor::run_ahead() {
             break; // whatever it is else, it comes again by its own trap
         log_.count_ahead();
         refresh_control();
-        if (steps(*done, false))
-            return deliver_step();
+        if (auto verdict = finish_instruction(*done, false))
+            return verdict;
     }
     return std::nullopt;
 }
@@ -797,7 +935,7 @@ Monitor::Step Monitor::run_ahead() {
 /// emulator's bound: true if there was something. At this exit the state of the guest is that between two
 /// elements.
 bool Monitor::continue_output() {
-    if (!machine_.vcpu().port_exit().write || debugger_ || checks_ != nullptr || table_write_ ||
+    if (!machine_.vcpu().port_exit().write || debugger_ || checks_ != nullptr || table_write_ || steps() ||
         (cpu_.rflags & rflags::trap) != 0)
         return false;
     std::array<std::byte, ahead_bytes> bytes{};
@@ -827,11 +965,21 @@ Monitor::Step Monitor::deliver_event(const Event& event, TrapReason reason) {
 Monitor::Step Monitor::complete_event(const Event& event) {
     const GuestVirt rip(cpu_.rip);
     const std::uint64_t rsp = cpu_[Gpr::rsp];
+    const bool debug =
+        event.kind == EventKind::exception && event.vector == static_cast<std::uint8_t>(Vector::debug);
+    mmu_.finish_guarded_access();
+    breakpoints_.abandon();
+    if (debug)
+        cpu_.dr6 |= breakpoints_.take();
     const Delivery delivery = deliver(cpu_, space(), event);
     switch (delivery.outcome) {
     case Delivery::delivered:
+        interrupt_shadow_ = false;
         if (debugger_)
             debugger_->delivered(event, {.rip = rip, .rsp = rsp, .done = was_halted_});
+        if (!debug)
+            return finish_instruction(false); // what its frame has met, and what was held back
+        breakpoints_.delay();
         return std::nullopt;
     case Delivery::triple_fault: {
         std::string how = fmt::format("while vector {} was delivered", event.vector);
@@ -849,30 +997,22 @@ Monitor::Step Monitor::complete_event(const Event& event) {
     __builtin_unreachable();
 }
 
-/// DR7 for the machine. Breakpoints of the guest in the reserved slot, where it has nothing, would be the
-/// switcher's.
-std::uint64_t Monitor::machine_dr7() const {
-    std::uint64_t dr7 = cpu_.dr7 & ~dr7_general_detect;
-    for (unsigned i = 0; i < cpu_.dr.size(); ++i)
-        if (paging_4_level.root().index(GuestVirt(cpu_.dr[i])) == placed_slot_)
-            dr7 &= ~(std::uint64_t{3} << (2 * i));
-    return (dr7 & dr7_enabled) != 0 ? dr7 : dr7_fixed;
-}
-
-/// Whether a #DB of the machine is that of a breakpoint of the guest.
-bool Monitor::met_breakpoint() const {
-    return (machine_dr7_ & dr7_enabled) != 0 && (machine_.vcpu().debug_status() & dr6_breakpoints) != 0;
-}
-
-/// What DR6 tells of a #DB that the machine raised: `stepping` if RFLAGS.TF was set.
-void Monitor::tell_debug_status(bool stepping) {
-    if ((machine_dr7_ & dr7_enabled) != 0) {
-        const std::uint64_t told = dr6_breakpoints | (stepping ? dr6_single_step : 0);
-        cpu_.dr6 = (cpu_.dr6 & ~dr6_breakpoints) | (machine_.vcpu().debug_status() & told);
-        machine_.vcpu().set_debug_registers(cpu_.dr, machine_dr7_); // and clears the machine's
-    } else if (stepping) {
-        cpu_.dr6 |= dr6_single_step;
-    }
+/// Guards for the guest's breakpoints. Those that it turns off stay until they are met in vain: handlers of
+/// #DB turn off all while they run.
+void Monitor::refresh_breakpoints() {
+    if (cpu_.dr7 == guarded_dr7_ && cpu_.dr == guarded_dr_)
+        return;
+    guarded_dr7_ = cpu_.dr7;
+    guarded_dr_ = cpu_.dr;
+    Guards wanted = breakpoints_.guards();
+    const auto in_force = [this](const std::pair<const GuestVirt, Guard>& page) {
+        const auto found = breakpoint_guards_.pages.find(page.first);
+        return found != breakpoint_guards_.pages.end() && (found->second | page.second) == found->second;
+    };
+    if (std::ranges::all_of(wanted.pages, in_force))
+        return;
+    breakpoint_guards_ = wanted;
+    mmu_.set_guards(std::move(wanted), GuardOwner::guest);
 }
 
 /// Tells the machine of registers that it honours by itself: control-register bits, the task priority, and
@@ -885,12 +1025,7 @@ void Monitor::refresh_control() {
     }
     if (cpu_.cr8 != machine_.vcpu().cr8())
         machine_.vcpu().set_cr8(cpu_.cr8);
-    if (const std::uint64_t dr7 = machine_dr7();
-        dr7 != machine_dr7_ || (cpu_.dr != machine_dr_ && dr7 != dr7_fixed)) {
-        machine_dr7_ = dr7;
-        machine_dr_ = cpu_.dr;
-        machine_.vcpu().set_debug_registers(machine_dr_, dr7);
-    }
+    refresh_breakpoints();
     if (cpu_.cr0 == machine_cr0_ && cpu_.cr4 == machine_cr4_ && cpu_.efer == machine_efer_)
         return;
     machine_cr0_ = cpu_.cr0;

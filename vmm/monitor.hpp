@@ -7,6 +7,7 @@
 #include "vmm/debug/debugger.hpp"
 #include "vmm/emulator.hpp"
 #include "vmm/engine.hpp"
+#include "vmm/guest_breakpoints.hpp"
 #include "vmm/guest_checks.hpp"
 #include "vmm/switcher.hpp"
 #include "vmm/traits.hpp"
@@ -49,11 +50,19 @@ class Monitor final : public Engine, private CpuEnvironment, private GuestBus {
     Step handle_exception(const Trap& trap);
     bool note_nmi();
     Step deliver_nmi();
-    Step deliver_step();
-    [[nodiscard]] bool steps(const emulated::Done& done, bool stepping) const;
-    [[nodiscard]] std::uint64_t machine_dr7() const;
-    [[nodiscard]] bool met_breakpoint() const;
-    void tell_debug_status(bool stepping);
+    Step handle_guarded(const Trap& trap, Access access);
+    Step deliver_debug(std::uint64_t status);
+    Step finish_instruction(bool stepping);
+    Step finish_instruction(const emulated::Done& done, bool stepping);
+    Step finish_step();
+    void note_operands();
+    void refresh_breakpoints();
+    [[nodiscard]] std::vector<std::byte> code();
+    [[nodiscard]] bool was_int1();
+    [[nodiscard]] bool missed_step();
+    [[nodiscard]] bool is_behind(std::byte instruction);
+    [[nodiscard]] bool withholds_iopl() const;
+    void prepare_steps(bool sleeping);
     Step handle_syscall();
     [[nodiscard]] Step run_ahead();
     bool continue_output();
@@ -62,6 +71,7 @@ class Monitor final : public Engine, private CpuEnvironment, private GuestBus {
     Step finish_user_entry();
     Step complete_event(const Event& event);
     void take_back_flags(const Trap& trap, std::uint64_t own);
+    void take_back_pushed(std::uint64_t own, std::uint64_t changed);
     Step attend_debugger(RunControl& control, const Step& verdict, bool stoppable, bool& entered);
     Step stand_still(RunControl& control);
     Step serve_stop(RunControl& control);
@@ -76,9 +86,11 @@ class Monitor final : public Engine, private CpuEnvironment, private GuestBus {
 
     // The virtual CPU's surroundings.
     std::uint32_t port_read(std::uint16_t port, unsigned size) override {
+        breakpoints_.accessed_port(port, size);
         return machine_.port_read(port, size);
     }
     void port_write(std::uint16_t port, unsigned size, std::uint32_t value) override {
+        breakpoints_.accessed_port(port, size);
         machine_.port_write(port, size, value);
     }
     bool kernel_owns(std::uint16_t port) override { return Platform::kvm_owns(Port{port}); }
@@ -87,6 +99,7 @@ class Monitor final : public Engine, private CpuEnvironment, private GuestBus {
     bool write_xcr0(std::uint64_t value) override { return machine_.vcpu().write_xcr0(value); }
     std::uint64_t read_tsc() override;
     bool move_tsc(std::uint64_t distance);
+    bool steps() override { return single_step_ || breakpoints_.enabled(); }
     void paging_changed(const PagingChange& change) override;
     std::optional<std::array<std::uint64_t, 4>> pdptes(std::uint64_t cr3) override;
     CpuidResult cpuid(std::uint32_t leaf, std::uint32_t subleaf) override;
@@ -119,14 +132,19 @@ class Monitor final : public Engine, private CpuEnvironment, private GuestBus {
     GuestChecks* checks_;
     bool end_dead_halt_; ///< MonitorOptions::end_stuck
     std::optional<Debugger> debugger_;
-    std::optional<Event> held_event_;   ///< caught by the debugger, to be delivered when the guest goes on
-    std::uint64_t machine_dr7_ = 0x400; ///< as the machine has it, with DR0 to DR3
-    std::array<std::uint64_t, 4> machine_dr_{};
+    std::optional<Event> held_event_; ///< caught by the debugger, to be delivered when the guest goes on
+    GuestBreakpoints breakpoints_{cpu_};
+    std::uint64_t guarded_dr7_ = 0; ///< as of which the guest's breakpoints have their guards
+    std::array<std::uint64_t, 4> guarded_dr_{};
+    Guards breakpoint_guards_;      ///< in force
     bool nmi_pending_ = false;      ///< one has come, and the guest has not taken it
     bool interrupt_shadow_ = false; ///< of the next entry
     bool single_step_ = false;      ///< the guest was entered for one instruction
     bool interrupts_held_ = false;  ///< and for that, without EFLAGS.IF
-    bool was_halted_ = false;       ///< when the trap came
+    /// What was at RIP, if the machine was entered with EFLAGS.TF, umbra's or the guest's.
+    std::optional<StepKind> step_kind_;
+    bool stepping_ = false;   ///< the guest's own RFLAGS.TF, of then
+    bool was_halted_ = false; ///< when the trap came
     /// RIP while the machine makes a port access that is a step of its own: it goes nowhere from there.
     std::optional<std::uint64_t> after_access_;
     std::optional<Origin>

@@ -65,6 +65,11 @@ inline constexpr std::uint8_t accessed = 1, writable = 2, readable = 2, expand_d
     return GuestVirt(in_long_mode(cpu) ? at : static_cast<std::uint32_t>(at));
 }
 
+/// The linear address of the instruction at RIP.
+[[nodiscard]] inline GuestVirt linear_rip(const VirtualCpu& cpu) {
+    return cpu.cs.long_mode ? GuestVirt(cpu.rip) : linear(cpu, cpu.cs.base + cpu.rip);
+}
+
 /// The linear address of the `size` bytes at `offset` of a segment, for all code but 64-bit code; nothing if
 /// the segment is null, too short, or not to be read or written (Intel SDM vol. 3A, 5.3 and 5.5).
 [[nodiscard]] std::optional<GuestVirt> address_in_segment(const Segment& segment, std::uint64_t offset,

@@ -326,10 +326,8 @@ bool Switcher::absorb_alignment_check(const VirtualCpu& cpu) {
 std::uint64_t Switcher::machine_flags(const VirtualCpu& cpu) const {
     std::uint64_t flags = cpu.rflags & ~(rflags::iopl | rflags::nested_task | rflags::virtual_8086);
     // The guest's kernel runs at CPL 3: IOPL 3 lets it use its flag and port instructions.
-    if (cpu.cpl == 3)
-        flags |= cpu.rflags & rflags::iopl;
-    else
-        flags |= rflags::iopl;
+    if (!iopl_withheld_)
+        flags |= cpu.cpl == 3 ? cpu.rflags & rflags::iopl : rflags::iopl;
     if (alignment_flag_hidden_)
         flags &= ~rflags::alignment_check;
     return flags | rflags::fixed;

@@ -89,6 +89,9 @@ class Switcher {
     [[nodiscard]] bool enter(VirtualCpu& cpu, MachineFrame root, const Debt& debt, const TablePool& pool,
                              std::optional<NativePortAccess> access = std::nullopt);
 
+    /// Whether entries from now on are without IOPL, so that CLI, STI, IN, OUT, INS and OUTS trap.
+    void withhold_iopl(bool withhold) { iopl_withheld_ = withhold; }
+
     /// Control registers that the machine honours for the guest: FPU and SSE state, FSGSBASE, TSD, alignment
     /// checks, EFER.SCE. `allowed_cr4`: what KVM lets the machine have; UMIP is set if it may be, so that
     /// sgdt and its kin trap.
@@ -145,6 +148,7 @@ class Switcher {
     std::uint64_t control_cr0_ = 0, control_cr4_ = 0,
                   control_efer_ = 0; ///< as set_control chose them, without CR0.AM
     bool nmi_came_ = false;
+    bool iopl_withheld_ = false;
     bool alignment_checks_ = false;      ///< the machine's CR0.AM
     bool hide_alignment_flag_ = false;   ///< the next entry leaves EFLAGS.AC out
     bool alignment_flag_hidden_ = false; ///< the last one did

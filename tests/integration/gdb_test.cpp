@@ -355,6 +355,50 @@ TEST_F(GdbTest, StepsBetweenKernelAndPrograms) {
     guest.expect_pass();
 }
 
+TEST_F(GdbTest, StepsEndBehindStiAndMovSs) {
+    Debugged guest("debug", {.words = {"shadows"}});
+    std::vector<Exchange> session{
+        {"break *shadows", "^Breakpoint 1 at "},
+        {"continue", R"(^Breakpoint 1, .*shadows \(\))"},
+        {"stepi", "asm"}, // CLI
+        {"x/i $rip", R"(\+1>:\tsti)"},
+        {"stepi", "asm"},
+        {"x/i $rip", R"(\+2>:\tnop)"},
+        {"p $eflags & 0x300", "= 512$"},
+        {"stepi 2", "asm"},
+        {"x/i $rip", R"(\+5>:\tmov +%eax,%ss)"},
+    };
+    if (!interprets_ring0()) // there the machine itself loads SS, and ends no step there
+        session.insert(session.end(), {{"stepi", "asm"}, {"x/i $rip", R"(\+7>:\tnop)"}});
+    session.insert(session.end(), {
+                                      {"tbreak *((char*)shadows + 9)", "^Temporary breakpoint 2 at "},
+                                      {"continue", R"(^Temporary breakpoint 2, )"},
+                                      {"p $eflags & 0x300", "= 0$"},
+                                      {"detach", "detached"},
+                                  });
+    run_gdb(guest, "debug", session);
+    guest.expect_pass();
+}
+
+TEST_F(GdbTest, DebugRegistersAreTheGuests) {
+    Debugged guest("debugregs");
+    run_gdb(guest, "debugregs",
+            {
+                {"hbreak execution_breakpoints", "^Hardware assisted breakpoint 1 at "},
+                {"hbreak off_is_off", "^Hardware assisted breakpoint 2 at "},
+                {"continue", "^Breakpoint 1, .*execution_breakpoints"},
+                {"continue", "^Breakpoint 2, .*off_is_off"},
+                {"watch elsewhere[8]", R"(^Hardware watchpoint 3: elsewhere\[8\]$)"},
+                {"continue", R"(^New value = 1$)"},
+                {"bt 1", R"(^#0 .*off_is_off)"},
+                {"p met", "= 0$"},
+                {"p $dr6", "= 0xffff0ff1$|= 4294905841$"},
+                {"stepi", R"(^trap_stubs \(\))"}, // the guest's own
+                {"detach", "detached"},
+            });
+    guest.expect_pass();
+}
+
 TEST_F(GdbTest, OwnInt3IsTheGuests) {
     Debugged guest("debug", {.words = {"int3"}});
     run_gdb(guest, "debug",

@@ -422,6 +422,12 @@ TEST(DebugOperands, StepKinds) {
             EXPECT_EQ(step_kind(bytes_of(prefix + "9d"), mode), StepKind::pops_flags) << prefix;
             EXPECT_EQ(step_kind(bytes_of(prefix + "9e"), mode), StepKind::plain) << prefix; // sahf
         }
+        for (const std::string hex : {"fa", "fb", "e421", "e521", "66e721", "ec", "ed", "ee", "ef"})
+            EXPECT_EQ(step_kind(bytes_of(hex), mode), StepKind::by_iopl) << hex;
+        for (const std::string hex : {"6c", "6d", "6e", "6f", "f36c", "666d", "f36e"})
+            EXPECT_EQ(step_kind(bytes_of(hex), mode), StepKind::string_io) << hex;
+        for (const std::string hex : {"f1", "2e2ef1"})
+            EXPECT_EQ(step_kind(bytes_of(hex), mode), StepKind::int1) << hex;
         // push eax, iret, int3, and code that ends too early or is none
         for (const char* hex : {"50", "cf", "cc", "90", "", "66", "0f", "f09c", "f09d", "909c"})
             EXPECT_EQ(step_kind(bytes_of(hex), mode), StepKind::plain) << hex;

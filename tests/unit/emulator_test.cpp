@@ -56,6 +56,7 @@ class FakeEnvironment : public CpuEnvironment {
         xcr0 = value;
         return (value & 1) != 0;
     }
+    bool steps() override { return stepping; }
     std::uint64_t read_tsc() override { return 0x1234'5678'9abc'def0; }
     void paging_changed(const PagingChange& change) override { changes.push_back(change); }
     CpuidResult cpuid(std::uint32_t leaf, std::uint32_t subleaf) override {
@@ -76,7 +77,7 @@ class FakeEnvironment : public CpuEnvironment {
     std::uint64_t allowed = cr4::pae | cr4::pge | cr4::pse | cr4::de | cr4::tsd | cr4::pcide | cr4::smep |
                             cr4::umip | cr4::osxsave | cr4::osfxsr;
     std::uint32_t next_read = 0x8182'8384;
-    bool invpcid_offered = true, nx_offered = true;
+    bool invpcid_offered = true, nx_offered = true, stepping = false;
 };
 
 using Changes = std::vector<PagingChange>;
@@ -241,6 +242,10 @@ TEST_F(EmulatorTest, StiHltIsOneStep) {
     cpu.halted = false;
     cpu.rflags = rflags::fixed | rflags::trap; // a single step must see the HLT by itself
     EXPECT_TRUE(result_of<Done>({0xfb, 0xf4}).interrupt_shadow);
+    cpu.rflags = rflags::fixed;
+    environment.stepping = true; // so must a debugger's
+    EXPECT_TRUE(result_of<Done>({0xfb, 0xf4}).interrupt_shadow);
+    environment.stepping = false;
     user(3); // where HLT is #GP
     EXPECT_TRUE(result_of<Done>({0xfb, 0xf4}).interrupt_shadow);
 }

@@ -346,6 +346,28 @@ TEST_P(MmuGuard, OpenedFrameStaysGuardedByOtherAddresses) {
     finish();
 }
 
+TEST(MmuGuardOwners, EachHasItsOwn) {
+    Machine m;
+    const GuestFrame frame = m.map_new(at, user_bits | a | d);
+    const Guards none = Wanted{};
+    m.mmu.set_guards(Wanted{.pages = {{at, no_writes}}}, GuardOwner::guest);
+    m.mmu.set_guards(Wanted{.pages = {{at, no_fetches}}, .executable = {{at, frame}}}, GuardOwner::debugger);
+    m.enter();
+    EXPECT_EQ(m.write(at), guarded);
+    EXPECT_EQ(m.fetch(at), mapped(frame));
+    m.mmu.set_guards(Wanted{.pages = {{at, no_fetches}}},
+                     GuardOwner::guest); // whatever the other lets through
+    m.enter();
+    EXPECT_EQ(m.write(at), mapped(frame));
+    EXPECT_EQ(m.fetch(at), guarded);
+    m.mmu.set_guards(none, GuardOwner::debugger);
+    m.enter();
+    EXPECT_EQ(m.fetch(at), guarded);
+    m.mmu.set_guards(none, GuardOwner::guest);
+    m.enter();
+    EXPECT_EQ(m.fetch(at), mapped(frame));
+}
+
 TEST(MmuGuardPrefetch, OpenedPageIsNotPrefetchedInAnotherTable) {
     Machine m({.prefetch = 16});
     m.map_new(same_slot, user_bits | a | d);

@@ -70,11 +70,6 @@ Debugger::~Debugger() {
     frontend_.attach(nullptr);
 }
 
-CodeMode Debugger::mode() const {
-    return code_mode(target_.cpu);
-}
-
-/// The bytes at RIP, as the guest wrote them.
 std::vector<std::byte> Debugger::code() const {
     std::vector<std::byte> bytes(longest_instruction);
     bytes.resize(read(GuestVirt(target_.cpu.rip), bytes));
@@ -357,8 +352,7 @@ void Debugger::lift_page(GuestFrame frame) {
 /// Everything that was out of the instruction's way is in place again.
 void Debugger::put_back() {
     stepping_over_ = false;
-    if (std::exchange(guard_open_, false))
-        target_.mmu.finish_guarded_access();
+    target_.mmu.finish_guarded_access();
     for (auto& [at, patch] : patches_) {
         if (!std::exchange(patch.lifted, false))
             continue;
@@ -378,10 +372,7 @@ bool Debugger::prepare_entry() {
             stepping_over_ = true;
         }
     }
-    const bool step = (resume_.kind == Resume::Kind::step && !return_to_) || stepping_over_ || guard_open_;
-    if (step)
-        kind_ = step_kind(code(), mode());
-    return step;
+    return (resume_.kind == Resume::Kind::step && !return_to_) || stepping_over_;
 }
 
 /// The breakpoints at RIP: whether one of them stops the guest.
@@ -490,15 +481,15 @@ std::optional<Stop> Debugger::take_access() {
     return (first == accesses.end() ? accesses.front() : *first).stop;
 }
 
-void Debugger::guarded(GuestVirt at, Access access) {
+bool Debugger::guarded(GuestVirt at, Access access) {
     const GuestVirt rip(target_.cpu.rip);
     if (access.fetch) {
         if (resumed_at_ != rip && hit(rip))
-            return;
+            return false;
         // What was not mapped there before gets a real int3 now.
         if (set_patches()) {
             set_guards();
-            return;
+            return false;
         }
     }
     check_operands(at, access);
@@ -507,12 +498,11 @@ void Debugger::guarded(GuestVirt at, Access access) {
         const std::size_t before = patches_.size();
         if (set_patches() || patches_.size() != before) {
             set_guards();
-            return;
+            return false;
         }
         lift_page(place->frame());
     }
-    target_.mmu.begin_guarded_access();
-    guard_open_ = true;
+    return true;
 }
 
 void Debugger::stored(GuestPhys at, std::optional<GuestVirt> linear, std::size_t size) {
@@ -535,29 +525,6 @@ void Debugger::stored(GuestPhys at, std::optional<GuestVirt> linear, std::size_t
             stored_ = accessed(watch.kind, *linear - watch.at < watch.size ? *linear : watch.at);
         }
     }
-}
-
-void Debugger::stepped() {
-    VirtualCpu& cpu = target_.cpu;
-    if (kind_ == StepKind::pushes_flags) { // it has pushed the flags that were umbra's
-        std::array<std::byte, 2> pushed{};
-        const GuestVirt top(cpu[Gpr::rsp]);
-        constexpr auto changed = static_cast<std::byte>((rflags::trap | rflags::interrupt) >> 8);
-        if (read(top, pushed) == pushed.size()) {
-            pushed[1] = (pushed[1] & ~changed) | (static_cast<std::byte>(cpu.rflags >> 8) & changed);
-            (void)write(top, pushed);
-        }
-    }
-    instruction_ended(true);
-}
-
-std::uint64_t Debugger::flags_after_step(std::uint64_t flags, std::uint64_t own, std::uint64_t changed,
-                                         bool done) const {
-    if (done && kind_ == StepKind::pops_flags)
-        return flags;
-    if (done && kind_ == StepKind::sets_interrupts)
-        changed &= ~rflags::interrupt;
-    return (flags & ~changed) | (own & changed);
 }
 
 void Debugger::instruction_ended(bool retired) {

@@ -194,17 +194,17 @@ class Debugger {
     [[nodiscard]] bool prepare_entry();
     /// The guest is to take no interrupt with this instruction: where each instruction of a handler takes
     /// longer than a tick of the timer, the interrupted one would never be executed.
-    [[nodiscard]] bool holds_interrupts() const { return !step_interrupts_ || stepping_over_ || guard_open_; }
+    [[nodiscard]] bool holds_interrupts() const { return !step_interrupts_ || stepping_over_; }
 
     /// #BP, or the #GP or #UD that comes in its place: whether it is ours. The guest does not learn of it.
     [[nodiscard]] bool breakpoint_trap(std::uint8_t vector);
-    /// Miss::guarded.
-    void guarded(GuestVirt at, Access access);
-    /// #DB after the one instruction.
-    void stepped();
-    /// The instruction has been executed by umbra, has entered the system-call handler, or has left the
-    /// kernel.
+    /// Miss::guarded. True: the access may be made. False: the guest stops before it, or does it anew.
+    [[nodiscard]] bool guarded(GuestVirt at, Access access);
+    /// The instruction has been executed: in an entry for one instruction, or by umbra; or it has entered the
+    /// system-call handler, or left the kernel.
     void executed() { instruction_ended(true); }
+    /// The bytes at RIP, as the guest wrote them.
+    [[nodiscard]] std::vector<std::byte> code() const;
     /// Where an interrupt came.
     struct ReturnTo {
         GuestVirt rip;
@@ -223,10 +223,6 @@ class Debugger {
     void stored(GuestPhys at, std::optional<GuestVirt> linear, std::size_t size);
     /// The event that was caught is not to be delivered.
     [[nodiscard]] bool drops_event() const { return resume_.drop_event; }
-    /// The guest's RFLAGS after an entry for one instruction, which left the machine with `flags`: those of
-    /// `changed` were umbra's, and the guest's are in `own`. `done`: by #DB.
-    [[nodiscard]] std::uint64_t flags_after_step(std::uint64_t flags, std::uint64_t own,
-                                                 std::uint64_t changed, bool done) const;
 
   private:
     struct Watch {
@@ -271,8 +267,6 @@ class Debugger {
     std::size_t for_each_piece(Address at, std::size_t size, Piece piece) const;
     void copy_out(std::span<const std::byte> ram, GuestPhys at, std::span<std::byte> into) const;
     void copy_in(std::span<std::byte> ram, GuestPhys at, std::span<const std::byte> from);
-    [[nodiscard]] CodeMode mode() const;
-    [[nodiscard]] std::vector<std::byte> code() const;
 
     DebugTarget target_;
     DebugFrontend& frontend_;
@@ -290,9 +284,7 @@ class Debugger {
     std::map<GuestPhys, Patch> patches_;
 
     // The instruction under way
-    bool stepping_over_ = false; ///< for one instruction, of which the client is not told
-    bool guard_open_ = false;
-    StepKind kind_{};
+    bool stepping_over_ = false;          ///< for one instruction, of which the client is not told
     std::optional<GuestVirt> resumed_at_; ///< a breakpoint here has been told
     std::optional<ReturnTo> told_;        ///< the same, when the handler that came between returns to here
     std::vector<Candidate> accesses_;     ///< one of them is told when the instruction is done

@@ -257,7 +257,18 @@ StepKind step_kind(std::span<const std::byte> code, CodeMode mode) {
         return StepKind::pops_flags;
     case ZYDIS_MNEMONIC_CLI:
     case ZYDIS_MNEMONIC_STI:
-        return StepKind::sets_interrupts;
+    case ZYDIS_MNEMONIC_IN:
+    case ZYDIS_MNEMONIC_OUT:
+        return StepKind::by_iopl;
+    case ZYDIS_MNEMONIC_INSB:
+    case ZYDIS_MNEMONIC_INSW:
+    case ZYDIS_MNEMONIC_INSD:
+    case ZYDIS_MNEMONIC_OUTSB:
+    case ZYDIS_MNEMONIC_OUTSW:
+    case ZYDIS_MNEMONIC_OUTSD:
+        return StepKind::string_io;
+    case ZYDIS_MNEMONIC_INT1:
+        return StepKind::int1;
     default: // all others
         return StepKind::plain;
     }

@@ -1,5 +1,6 @@
-// What an instruction does to memory, and what a debugger must know to step over it: watchpoints are exact to
-// the byte because the instruction that met a guarded page is asked which bytes it means.
+// What an instruction does to memory, and what must be known to step over it: watchpoints, gdb's and the
+// guest's own, are exact to the byte because the instruction that met a guarded page is asked which bytes it
+// means.
 #pragma once
 
 #include "shadow/address.hpp"
@@ -36,12 +37,14 @@ struct MemoryAccess {
 [[nodiscard]] std::optional<std::vector<MemoryAccess>> memory_accesses(const VirtualCpu& cpu,
                                                                        std::span<const std::byte> code);
 
-/// Instructions after which EFLAGS.TF, set to step over them, is seen by the guest or is not what it was.
+/// Instructions that are not stepped over by EFLAGS.TF alone.
 enum class StepKind : std::uint8_t {
     plain,
-    pushes_flags,    ///< PUSHF: the flag that umbra has set is in what was pushed
-    pops_flags,      ///< POPF: the flag is what was popped
-    sets_interrupts, ///< CLI, STI, where the CPU executes them: EFLAGS.IF is what they set
+    pushes_flags, ///< PUSHF: the flag that umbra has set is in what was pushed
+    pops_flags,   ///< POPF: the flag is what was popped
+    by_iopl,      ///< CLI, STI, IN, OUT: the machine leaves them to umbra if it is not given IOPL for them
+    string_io,    ///< INS, OUTS: the same
+    int1,         ///< its #DB is none of a step
 };
 [[nodiscard]] StepKind step_kind(std::span<const std::byte> code, CodeMode mode);
 

@@ -665,21 +665,6 @@ bool Vcpu::nmi_waits() const {
     return control(file_, KVM_GET_VCPU_EVENTS, &events) == 0 && events.nmi.pending != 0;
 }
 
-void Vcpu::set_debug_registers(const std::array<std::uint64_t, 4>& addresses, std::uint64_t dr7) {
-    constexpr std::uint64_t dr6_nothing = 0xffff'0ff0;
-    kvm_debugregs registers{};
-    std::ranges::copy(addresses, registers.db);
-    registers.dr6 = dr6_nothing;
-    registers.dr7 = dr7;
-    (void)control(file_, KVM_SET_DEBUGREGS, &registers);
-}
-
-std::uint64_t Vcpu::debug_status() const {
-    kvm_debugregs registers{};
-    (void)control(file_, KVM_GET_DEBUGREGS, &registers);
-    return registers.dr6;
-}
-
 void Vcpu::halt() {
     // A trap between STI and HLT may have left its shadow behind, in which nothing would wake the vCPU.
     set_interrupt_shadow(false);

@@ -148,10 +148,6 @@ class Vcpu {
     /// KVM has an NMI that it has not injected yet. If it is an interrupt shadow that holds it back, KVM of
     /// AMD runs the next instruction with RFLAGS.TF set, which shows in the flags that a trap there pushes.
     [[nodiscard]] bool nmi_waits() const;
-    /// The guest's DR0 to DR3 and DR7 for the machine, with a DR6 that tells of nothing.
-    void set_debug_registers(const std::array<std::uint64_t, 4>& addresses, std::uint64_t dr7);
-    /// The machine's DR6.
-    [[nodiscard]] std::uint64_t debug_status() const;
     /// KVM_SET_MP_STATE: the vCPU sleeps until an interrupt that RFLAGS.IF admits.
     void halt();
     /// It sleeps no longer.
