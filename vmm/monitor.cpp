@@ -589,19 +589,18 @@ Monitor::Step Monitor::handle_page_fault(const Trap& trap) {
 Monitor::Step Monitor::handle_guarded(const Trap& trap, Access access) {
     last_fill_ = {};
     trap_.action = TrapAction::attend;
+    const GuestVirt page = trap.address.page_base();
+    if (Guards wanted = breakpoints_.guards();
+        wanted != breakpoint_guards_ && !wanted.pages.contains(page)) { // met in vain
+        breakpoint_guards_ = wanted;
+        mmu_.set_guards(std::move(wanted), GuardOwner::guest);
+        return std::nullopt; // the access is made anew
+    }
     if (debugger_ && !debugger_->guarded(trap.address, access))
         return std::nullopt;
-    const GuestVirt rip = linear_rip(cpu_);
-    if (access.fetch && trap.address.page_base() == rip.page_base()) {
+    if (access.fetch && page == linear_rip(cpu_).page_base()) {
         if (const std::uint64_t met = breakpoints_.at_instruction(); met != 0)
             return deliver_debug(met);
-    }
-    if (Guards wanted = breakpoints_.guards(); wanted != breakpoint_guards_) {
-        if (!wanted.pages.contains(trap.address.page_base())) { // met in vain
-            breakpoint_guards_ = wanted;
-            mmu_.set_guards(std::move(wanted), GuardOwner::guest);
-            return std::nullopt; // it is made anew
-        }
     }
     note_operands();
     if (!access.fetch)
