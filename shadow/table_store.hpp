@@ -123,8 +123,9 @@ class TableStore {
     /// `visit(slot, entry)` for each present entry but the switcher's, as it is then.
     template<class Visit>
     void for_each_entry(TableIndex index, Visit visit) const {
+        const auto table = entries(index);
         for (unsigned slot = 0; slot < entries_per_table; ++slot) {
-            const ShadowEntry entry = entries(index)[slot];
+            const ShadowEntry entry = table[slot];
             if (entry.present() && !is_switcher(index, slot))
                 visit(slot, entry);
         }
@@ -132,9 +133,13 @@ class TableStore {
     /// `visit(slot, child)` for each entry that refers to a table; looks no further than to the last.
     template<class Visit>
     void for_each_child(TableIndex index, Visit visit) const {
+        const auto table = entries(index);
         unsigned links = (*this)[index].links;
         for (unsigned slot = 0; links != 0 && slot < entries_per_table; ++slot) {
-            if (const auto below = child(index, entries(index)[slot])) {
+            const ShadowEntry entry = table[slot];
+            if (!entry.present())
+                continue; // most are not
+            if (const auto below = child(index, entry)) {
                 --links;
                 visit(slot, *below);
             }
