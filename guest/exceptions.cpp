@@ -269,6 +269,13 @@ void gate_types() {
     }
     asm volatile("int $0x91" : : : "memory");
     CHECK_EQ(inner_frame.rflags & rflags_if, 0);
+
+    // NT stays what POPF made it, and is clear in a handler.
+    asm volatile("pushfq\n orq %0, (%%rsp)\n popfq\n int $0x91\n pushfq\n andq %1, (%%rsp)\n popfq"
+                 :
+                 : "i"(0x4000), "i"(~0x4000)
+                 : "memory", "cc");
+    CHECK_EQ(inner_frame.rflags & 0x4000, 0x4000);
     set_gate(vector_outer, {});
     set_handler(vector_outer, nullptr);
     set_handler(vector_inner, nullptr);

@@ -13,4 +13,11 @@ namespace umbra {
 /// "(no code)" if `code` is empty or ends inside it. `mode64`: 64-bit code, otherwise 32-bit.
 [[nodiscard]] std::string disassemble(std::span<const std::byte> code, GuestVirt at, bool mode64);
 
+/// The same, and how many bytes it takes: 0 if it is none. `bits`: 64, 32 or 16.
+struct Disassembled {
+    std::string text;
+    std::size_t length = 0;
+};
+[[nodiscard]] Disassembled disassemble_next(std::span<const std::byte> code, GuestVirt at, unsigned bits);
+
 } // namespace umbra

@@ -1153,21 +1153,23 @@ Emulation Executor::far_transfer(bool call) {
         const unsigned width = instruction_.operand_width / 8U;
         const std::uint64_t next = cpu_->rip + instruction_.length;
         const std::uint64_t old_cs = cpu_->cs.selector;
-        std::array<std::byte, 2 * sizeof(std::uint64_t)> frame{};
-        std::memcpy(frame.data(), &next, width);
-        std::memcpy(frame.data() + width, &old_cs, width);
-        const auto pushed = std::span(frame).first(std::size_t{2} * width);
-        std::uint64_t bottom = reg(Gpr::rsp) - pushed.size();
-        if (stack_bytes() < 8)
-            bottom &= (std::uint64_t{1} << (8 * stack_bytes())) - 1;
-        GuestVirt at;
-        if (auto fault = linear_address(SegmentRegister::ss, bottom, pushed.size(), true, at))
-            return raise(*fault);
+        std::array<GuestVirt, 2> slots;
+        std::uint64_t pointer = reg(Gpr::rsp);
+        for (GuestVirt& slot : slots) {
+            pointer -= width;
+            if (stack_bytes() < 8)
+                pointer &= (std::uint64_t{1} << (8 * stack_bytes())) - 1;
+            if (auto fault = linear_address(SegmentRegister::ss, pointer, width, true, slot))
+                return raise(*fault);
+        }
         if (auto fault = mark_accessed(*cpu_, *space_, code))
             return raise(*fault);
-        if (auto fault = space_->write(at, std::as_bytes(pushed), access()))
+        // As pushes: where the stack ends it is the upper one that faults.
+        if (auto fault = space_->write(slots[0], std::as_bytes(std::span(&old_cs, 1)).first(width), access()))
             return raise(*fault);
-        set_stack_pointer(bottom);
+        if (auto fault = space_->write(slots[1], std::as_bytes(std::span(&next, 1)).first(width), access()))
+            return raise(*fault);
+        set_stack_pointer(pointer);
     } else if (auto fault = mark_accessed(*cpu_, *space_, code)) {
         return raise(*fault);
     }

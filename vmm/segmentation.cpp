@@ -269,7 +269,8 @@ std::optional<Exception> check_jump_code_segment(const VirtualCpu& cpu, const Gu
 
 void drop_inner_data_segments(VirtualCpu& cpu) {
     for (Segment* reg : {&cpu.es, &cpu.ds, &cpu.fs, &cpu.gs}) {
-        if (reg->present && reg->dpl < cpu.cpl && !is_conforming(*reg)) {
+        // A null selector goes, too, if its RPL is not 0, for the level in its hidden part is.
+        if (!reg->present || (reg->dpl < cpu.cpl && !is_conforming(*reg))) {
             reg->selector = 0;
             reg->present = false;
         }

@@ -324,7 +324,7 @@ bool Switcher::absorb_alignment_check(const VirtualCpu& cpu) {
 }
 
 std::uint64_t Switcher::machine_flags(const VirtualCpu& cpu) const {
-    std::uint64_t flags = cpu.rflags & ~(rflags::iopl | rflags::nested_task | rflags::virtual_8086);
+    std::uint64_t flags = cpu.rflags & ~(rflags::iopl | rflags::virtual_8086);
     // The guest's kernel runs at CPL 3: IOPL 3 lets it use its flag and port instructions.
     if (!iopl_withheld_)
         flags |= cpu.cpl == 3 ? cpu.rflags & rflags::iopl : rflags::iopl;
@@ -378,7 +378,7 @@ Trap Switcher::leave(VirtualCpu& cpu) {
     const auto finish = [&](Trap trap) {
         // What the machine's flags cannot tell: IOPL is ours, and where it is not honoured so is IF; but a
         // KVM that runs 64-bit code so interprets the rest, and its interpreter honours IOPL.
-        constexpr std::uint64_t ours = rflags::iopl | rflags::nested_task | rflags::virtual_8086;
+        constexpr std::uint64_t ours = rflags::iopl | rflags::virtual_8086;
         const bool iopl_honoured = traits_.iopl_honoured || !code_.long_mode;
         const std::uint64_t kept = ours | (iopl_honoured ? 0 : rflags::interrupt) |
                                    (alignment_flag_hidden_ ? rflags::alignment_check : 0);

@@ -920,6 +920,9 @@ TEST_F(EmulatorTest, FarCall) {
     guest.map(TestGuest::kernel_stack - 0x1000, 0);
     EXPECT_EQ(fault({0x48, 0xff, 0x1b}), pf(PageFault::write));
     EXPECT_EQ(reg(Gpr::rsp), TestGuest::kernel_stack);
+    // CS is pushed first, so it is its address that faults.
+    EXPECT_EQ(std::get<Raised>(run({0x48, 0xff, 0x1b})).exception.address,
+              GuestVirt(TestGuest::kernel_stack - 8));
 }
 
 TEST_F(EmulatorTest, FarReturnToTheSameLevel) {

@@ -208,6 +208,9 @@ TEST_F(SegmentationTest, OuterReturnDropsInnerDataSegments) {
     EXPECT_EQ(cpu.fs.selector, sel::conforming_code);
     EXPECT_FALSE(cpu.gs.present);
     EXPECT_EQ(cpu.gs.base, 0x5000U); // as MSR_GS_BASE set it
+    cpu.ds = Segment{.selector = 3}; // null, but not 0: becomes 0
+    drop_inner_data_segments(cpu);
+    EXPECT_EQ(cpu.ds.selector, 0);
 }
 
 TEST_F(SegmentationTest, LocalTable) {
