@@ -336,7 +336,7 @@ void run(const Start& start, const std::uint64_t (&registers)[16], std::uint32_t
     }
     std::uint64_t sum = sum_of(0, supervisor_page, supervisor_page + 2 * edge);
     for (const std::uint64_t page : written_pages) {
-        if (page != kernel_stack_page) // where a part of a frame may be, which is nobody's business
+        if (page == data_page) // of a stack: a part of a frame may be there, which is nobody's business
             sum = sum_of(sum, page, page + edge);
         sum = sum_of(sum, page + page_4k - window, page + page_4k);
     }

@@ -473,11 +473,10 @@ const char* Maker::load_segment() {
     constexpr unsigned targets[] = {es, ss, ds, fs, gs};
     const unsigned target = random_.of(targets);
     std::uint64_t what = target == ss ? stack_selector(cpl_) : random_.one_in(3) ? user_data : selector();
-    if (target == fs || target == gs) {
+    if (target == fs || target == gs)
         program_->changed |= target == fs ? changed_fs : changed_gs;
-        if (qemu_ && what < 4)
-            what = 0; // a return to an outer level leaves others there
-    }
+    if (qemu_ && target != ss && what < 4)
+        what = 0; // others are not zeroed by the same returns
     const char* name = "mov to segment";
     if (random_.one_in(2)) {
         load(rax, what);
@@ -1162,7 +1161,9 @@ void Maker::step(unsigned number) {
     };
     constexpr unsigned count = sizeof kinds / sizeof *kinds;
     const bool waits = random_.one_in(2) && program_->start.interrupt && number == 0;
-    const bool careful = qemu_ && (bad_stack_ || odd_gates_);
+    // QEMU looks at the level before it fetches the rest of an instruction.
+    const bool near_end = cpl_ == 3 && at_ + 40 > code_page + page_4k;
+    const bool careful = qemu_ && (bad_stack_ || odd_gates_ || near_end);
     const Make kind = waits ? &Maker::wait : kinds[random_.below(careful ? count - injected : count)];
     made.name = (this->*kind)();
     made.end = at_;

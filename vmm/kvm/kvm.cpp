@@ -458,6 +458,8 @@ MmioExit Vcpu::mmio_exit() const {
 }
 
 bool Vcpu::was_reset() const {
+    if (run_->exit_reason == KVM_EXIT_SHUTDOWN)
+        return false; // a triple fault: KVM of AMD leaves the vCPU as if reset, too
     constexpr std::uint16_t reset_cs = 0xf000;
     constexpr std::uint64_t reset_rip = 0xfff0;
     return (run_->s.regs.sregs.cr0 & cr0::pe) == 0 && selector(SegmentName::cs) == reset_cs &&
