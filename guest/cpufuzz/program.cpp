@@ -1,22 +1,23 @@
-// How programs are made. What QEMU's emulation (version 7.2), alone or with a KVM in it, does otherwise than
-// the manuals say is left out where the guest is told of it ("qemu", "qemu-host"); each is marked where it
-// stands. In short:
+// How programs are made. What QEMU's emulation (version 7.2), alone or with a KVM in it, does otherwise
+// than the manuals say is left out where the guest is told of it ("qemu", "qemu-host"); each is marked
+// where it stands. In short:
 //
-// - Accesses check no limits and types of segments, returns no limit of code. Code, and SS of a return, get
-// no
-//   accessed bit. D and L together are 64-bit code. System types of 16 bits are valid in long mode.
+// - Accesses check no limits and types of segments, returns no limit of code. Code, and SS of a return,
+//   get no accessed bit. D and L together are 64-bit code. System types of 16 bits are valid in long
+//   mode.
 // - In a return, an absent SS is #NP, a null SS may have any RPL, the RPL of SS is looked at before its
-//   descriptor, and CS before SS is popped; null FS and GS stay; inner data segments go without a change of
-//   level, too; the flags of SYSRET outside 64-bit mode are those of R11.
-// - Far transfers in 64-bit code go by the base and size of SS; far transfers push and pop with the rights of
-//   level 0.
-// - Canonical addresses are not checked in targets and MSRs; operands that lie astride an end are several
-//   accesses, as are those of SGDT and SIDT. Reserved bits of CR0, CR3, DR6, DR7 and CR8 are not refused.
-// - Events are held behind LSS, too. INT1 is #UD. SYSENTER exists in compatibility mode. SGDT stores 24 bits
-// of
-//   the base where operands have 16. MOV to CR5 is #GP at level 3. There is no DR7.GD. LTR takes null.
-// - An exception that KVM injects (#UD, #DB, #GP of what KVM intercepts) whose delivery fails makes no double
-//   fault, and comes once more: such instructions are not in programs with bad stacks or gates.
+//   descriptor, and CS before SS is popped; null FS and GS stay; inner data segments go without a
+//   change of level, too; the flags of SYSRET outside 64-bit mode are those of R11.
+// - Far transfers in 64-bit code go by the base and size of SS; far transfers push and pop with the
+//   rights of level 0.
+// - Canonical addresses are not checked in targets and MSRs; operands that lie astride an end are
+//   several accesses, as are those of SGDT and SIDT. Reserved bits of CR0, CR3, DR6, DR7 and CR8 are
+//   not refused.
+// - Events are held behind LSS, too. INT1 is #UD. SYSENTER exists in compatibility mode. SGDT stores 24
+//   bits of the base where operands have 16. MOV to CR5 is #GP at level 3. There is no DR7.GD. LTR
+//   takes null.
+// - An exception that KVM injects (#UD, #DB, #GP of what KVM intercepts) whose delivery fails makes no
+//   double fault, and comes once more: such instructions are not in programs with bad stacks or gates.
 // - An interrupt that is pending is lost now and then, and MOV to CR8 aborts QEMU then.
 // - EXT and RF are not pushed, and the error code of a gate has its number doubled (machine.cpp).
 #include "guest/cpufuzz/program.hpp"
