@@ -1,5 +1,7 @@
 #include "vmm/missing_feature.hpp"
 
+#include "vmm/msr.hpp"
+
 #include <array>
 
 #include <Zydis/Zydis.h>
@@ -7,9 +9,7 @@
 namespace umbra {
 namespace {
 
-// Intel SDM vol. 4, table 2-2.
-constexpr std::uint32_t apic_base = 0x1b, tsc_deadline = 0x6e0, first_x2apic = 0x800, last_x2apic = 0x8ff;
-constexpr std::uint64_t apic_base_x2apic = 1U << 10;
+constexpr std::uint64_t apic_base_x2apic = 1U << 10; // Intel SDM vol. 4, table 2-2
 
 std::optional<CpuFeature> of_cr4(std::uint64_t value, std::uint64_t allowed) {
     for (std::size_t i = 0; i < cpu_feature_count; ++i)
@@ -19,9 +19,9 @@ std::optional<CpuFeature> of_cr4(std::uint64_t value, std::uint64_t allowed) {
 }
 
 std::optional<CpuFeature> of_msr(std::uint32_t index, const CpuFeatures& features) {
-    if (index >= first_x2apic && index <= last_x2apic && !features.x2apic)
+    if (index >= msr::x2apic_first && index <= msr::x2apic_last && !features.x2apic)
         return CpuFeature::x2apic;
-    if (index == tsc_deadline && !features.tsc_deadline)
+    if (index == msr::tsc_deadline && !features.tsc_deadline)
         return CpuFeature::tsc_deadline;
     return std::nullopt;
 }
@@ -47,7 +47,7 @@ std::optional<CpuFeature> missing_feature(const VirtualCpu& cpu, std::span<const
                           features.cr4);
         return std::nullopt;
     case ZYDIS_MNEMONIC_WRMSR:
-        if (index == apic_base && (cpu[Gpr::rax] & apic_base_x2apic) != 0 && !features.x2apic)
+        if (index == msr::apic_base && (cpu[Gpr::rax] & apic_base_x2apic) != 0 && !features.x2apic)
             return CpuFeature::x2apic;
         return of_msr(index, features);
     case ZYDIS_MNEMONIC_RDMSR:

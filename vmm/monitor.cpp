@@ -1,6 +1,7 @@
 #include "vmm/monitor.hpp"
 
 #include "vmm/missing_feature.hpp"
+#include "vmm/msr.hpp"
 #include "vmm/msr_policy.hpp"
 #include "vmm/segmentation.hpp"
 #include "vmm/switcher_layout.h"
@@ -48,7 +49,6 @@ constexpr bool audit_every_entry = true;
 #else
 constexpr bool audit_every_entry = false;
 #endif
-constexpr std::uint32_t msr_tsc = 0x10, msr_tsc_adjust = 0x3b, msr_tsc_aux = 0xc0000103;
 
 MmuConfig mmu_config(const Machine& machine, const HostTraits& traits, const MonitorOptions& options) {
     MmuConfig config;
@@ -1019,7 +1019,7 @@ void Monitor::refresh_breakpoints() {
 void Monitor::refresh_control() {
     if (cpu_.tsc_aux != machine_tsc_aux_) {
         machine_tsc_aux_ = cpu_.tsc_aux;
-        (void)machine_.vcpu().write_msr(msr_tsc_aux,
+        (void)machine_.vcpu().write_msr(msr::tsc_aux,
                                         cpu_.tsc_aux); // fails only where CPUID does not offer it
     }
     if (cpu_.cr8 != machine_.vcpu().cr8())
@@ -1105,16 +1105,16 @@ bool Monitor::write_msr(std::uint32_t index, std::uint64_t value) {
 /// about the value that it has, or of 0, for an attempt to make vCPUs agree, and move none for the other.
 bool Monitor::move_tsc(std::uint64_t distance) {
     Vcpu& vcpu = machine_.vcpu();
-    if (const auto adjusted = vcpu.read_msr(msr_tsc_adjust))
-        (void)vcpu.write_msr(msr_tsc_adjust, *adjusted + distance); // is only kept
+    if (const auto adjusted = vcpu.read_msr(msr::tsc_adjust))
+        (void)vcpu.write_msr(msr::tsc_adjust, *adjusted + distance); // is only kept
     if (const auto offset = vcpu.tsc_offset())
         return vcpu.set_tsc_offset(*offset + distance);
-    return vcpu.write_msr(msr_tsc, read_tsc() + distance);
+    return vcpu.write_msr(msr::tsc, read_tsc() + distance);
 }
 
 /// The TSC as RDTSC reads it where it does not trap: KVM may have given the machine an offset.
 std::uint64_t Monitor::read_tsc() {
-    return machine_.vcpu().read_msr(msr_tsc).value_or(timestamp());
+    return machine_.vcpu().read_msr(msr::tsc).value_or(timestamp());
 }
 
 CpuidResult Monitor::cpuid(std::uint32_t leaf, std::uint32_t subleaf) {

@@ -1,5 +1,7 @@
 #include "vmm/msr_policy.hpp"
 
+#include "vmm/msr.hpp"
+
 #include <algorithm>
 #include <array>
 
@@ -28,8 +30,6 @@ constexpr std::uint32_t old_wall_clock = 0x11, old_system_time = 0x12, wall_cloc
                         system_time = 0x4b56'4d01;
 constexpr std::uint64_t wall_clock_bytes = 12, system_time_bytes = 32;
 
-constexpr std::uint32_t apic_base = 0x1b;
-
 /// Of IA32_ARCH_CAPABILITIES: that the CPU is not vulnerable to something, or that VERW clears buffers. The
 /// other bits announce MSRs that are not there.
 constexpr std::uint64_t not_vulnerable =
@@ -41,13 +41,13 @@ constexpr std::array rules{
     // P5 machine-check address and type (SDM): no machine check has happened.
     MsrRule{0x0, 0x1, fixed(0), MsrWrite::refused, nullptr},
     // IA32_TIME_STAMP_COUNTER (SDM).
-    MsrRule{0x10, 0x10, machine(), MsrWrite::tsc, nullptr},
+    MsrRule{msr::tsc, msr::tsc, machine(), MsrWrite::tsc, nullptr},
     // Wall clock and system time by their old numbers (KVM).
     MsrRule{old_wall_clock, old_system_time, machine(), MsrWrite::machine, &CpuFeatures::kvmclock},
     // IA32_PLATFORM_ID (SDM), for microcode updates, which there are none of.
     MsrRule{0x17, 0x17, fixed(0), MsrWrite::refused, nullptr},
     // IA32_APIC_BASE (SDM).
-    MsrRule{apic_base, apic_base, machine(), MsrWrite::apic_base, nullptr},
+    MsrRule{msr::apic_base, msr::apic_base, machine(), MsrWrite::apic_base, nullptr},
     // EBL_CR_POWERON (SDM): old kernels look for the bus frequency here; KVM, too, answers zero.
     MsrRule{0x2a, 0x2a, fixed(0), MsrWrite::unchanged, nullptr},
     // MSR_SMI_COUNT (SDM): there is no system-management mode.
@@ -55,7 +55,7 @@ constexpr std::array rules{
     // IA32_FEATURE_CONTROL (SDM): locked, with nothing enabled.
     MsrRule{0x3a, 0x3a, fixed(1), MsrWrite::refused, nullptr},
     // IA32_TSC_ADJUST (SDM).
-    MsrRule{0x3b, 0x3b, machine(), MsrWrite::tsc_adjust, &CpuFeatures::tsc_adjust},
+    MsrRule{msr::tsc_adjust, msr::tsc_adjust, machine(), MsrWrite::tsc_adjust, &CpuFeatures::tsc_adjust},
     // IA32_BIOS_UPDT_TRIG (SDM): no microcode is loaded.
     MsrRule{0x79, 0x79, {}, MsrWrite::ignored, nullptr},
     // IA32_BIOS_SIGN_ID (SDM), AMD's patch level. A guest writes zero before it reads; written by userspace,
@@ -96,9 +96,9 @@ constexpr std::array rules{
     MsrRule{0x639, 0x639, fixed(0), MsrWrite::refused, nullptr},
     MsrRule{0x641, 0x641, fixed(0), MsrWrite::refused, nullptr},
     // IA32_TSC_DEADLINE (SDM).
-    MsrRule{0x6e0, 0x6e0, machine(), MsrWrite::machine, &CpuFeatures::tsc_deadline},
+    MsrRule{msr::tsc_deadline, msr::tsc_deadline, machine(), MsrWrite::machine, &CpuFeatures::tsc_deadline},
     // The local APIC's registers (SDM vol. 3A, 10.12.1); KVM knows those that are not there, and the mode.
-    MsrRule{0x800, 0x8ff, machine(), MsrWrite::machine, &CpuFeatures::x2apic},
+    MsrRule{msr::x2apic_first, msr::x2apic_last, machine(), MsrWrite::machine, &CpuFeatures::x2apic},
     // IA32_XSS (SDM): no supervisor states. Read by kernels whose CPUID is the host's.
     MsrRule{0xda0, 0xda0, fixed(0), MsrWrite::unchanged, nullptr},
     // Wall clock and system time (KVM). The next ones are not offered: asynchronous page faults, stolen time,

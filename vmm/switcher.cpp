@@ -2,6 +2,7 @@
 
 #include "vmm/error.hpp"
 #include "vmm/kvm/kvm.hpp"
+#include "vmm/msr.hpp"
 #include "vmm/segmentation.hpp"
 #include "vmm/switcher_layout.h"
 
@@ -46,9 +47,6 @@ constexpr std::size_t own_descriptor_bytes = 0x10000 - ring0_cs;
 // What 32-bit code runs with where the machine's GDT is not the one in force, but KVM's, which interprets
 // such code, looks at it: the first page of the GDT is there then, with what the guest runs with.
 constexpr std::uint16_t interpreted_ss = 0xfd0 | 3, interpreted_cs = 0xfd8 | 3;
-
-constexpr std::uint32_t msr_star = 0xc0000081, msr_lstar = 0xc0000082, msr_cstar = 0xc0000083,
-                        msr_fmask = 0xc0000084;
 
 Segment flat(std::uint16_t selector, bool code, std::uint8_t dpl) {
     Segment segment;
@@ -290,9 +288,9 @@ void Switcher::place(unsigned slot) {
     machine_.set_segment(SegmentName::ldt, ldt);
 
     syscall_entry_ = address(image_page * page_size + image_offset(umbra_switcher_syscall));
-    const bool set = machine_.write_msr(msr_star, std::uint64_t{ring0_cs} << 32) &&
-                     machine_.write_msr(msr_lstar, syscall_entry_) &&
-                     machine_.write_msr(msr_cstar, syscall_entry_) && machine_.write_msr(msr_fmask, ~0U);
+    const bool set = machine_.write_msr(msr::star, std::uint64_t{ring0_cs} << 32) &&
+                     machine_.write_msr(msr::lstar, syscall_entry_) &&
+                     machine_.write_msr(msr::cstar, syscall_entry_) && machine_.write_msr(msr::fmask, ~0U);
     if (!set)
         throw StartupError(ExitCode::host_cannot, "KVM refuses the system-call MSRs");
 }

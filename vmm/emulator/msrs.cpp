@@ -1,18 +1,10 @@
 // Translation caches, model-specific registers, time, and extended state.
 #include "vmm/emulator/executor.hpp"
 
+#include "vmm/msr.hpp"
+
 namespace umbra {
 namespace {
-
-// Indices of the model-specific registers that VirtualCpu holds (Intel SDM vol. 4, table 2-2).
-namespace msr {
-constexpr std::uint32_t sysenter_cs = 0x174, sysenter_esp = 0x175, sysenter_eip = 0x176, pat = 0x277;
-constexpr std::uint32_t efer = 0xc000'0080, star = 0xc000'0081, lstar = 0xc000'0082, cstar = 0xc000'0083,
-                        fmask = 0xc000'0084;
-constexpr std::uint32_t fs_base = 0xc000'0100, gs_base = 0xc000'0101, kernel_gs_base = 0xc000'0102,
-                        tsc_aux = 0xc000'0103;
-constexpr std::uint32_t perf_ctr0 = 0xc001'0004;
-} // namespace msr
 
 namespace cpuid {
 constexpr std::uint32_t invpcid = 1U << 10; ///< leaf 7: EBX

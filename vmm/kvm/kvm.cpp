@@ -2,6 +2,7 @@
 
 #include "vmm/error.hpp"
 #include "vmm/kvm/abi.hpp"
+#include "vmm/msr.hpp"
 
 #include <cpuid.h>
 #include <fcntl.h>
@@ -714,10 +715,9 @@ bool Vcpu::write_msr(std::uint32_t index, std::uint64_t value) {
         return false;
     // The synchronised registers repeat these two: with the next change of any of them, the old values would
     // be loaded again.
-    constexpr std::uint32_t apic_base = 0x1b, x2apic_task_priority = 0x808;
-    if (index == apic_base)
+    if (index == msr::apic_base)
         run_->s.regs.sregs.apic_base = value;
-    else if (index == x2apic_task_priority)
+    else if (index == msr::x2apic_task_priority)
         run_->s.regs.sregs.cr8 = value >> 4 & 0xf;
     return true;
 }
