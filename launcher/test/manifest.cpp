@@ -5,6 +5,7 @@
 #include "launcher/test/manifest.hpp"
 
 #include "launcher/test/console_watch.hpp"
+#include "launcher/test/manifest_words.hpp"
 
 #include "vmm/cpu_model.hpp"
 #include "vmm/error.hpp"
@@ -61,7 +62,6 @@ namespace umbra {
 namespace {
 
 namespace fs = std::filesystem;
-using Words = std::vector<std::string_view>;
 
 /// Bytes of a line. Keys lie in one line, and toml++ keeps a key of n parts as n tables in each other, which
 /// it frees recursively: this bounds n.
@@ -71,65 +71,6 @@ constexpr std::size_t maximum_name = 100;  ///< bytes of a case's own name
 constexpr double maximum_seconds = 24 * 60 * 60;
 
 // --- Words for messages
-
-bool is_control(char c) {
-    return static_cast<unsigned char>(c) < ' ' || c == '\x7f';
-}
-
-/// What the manifest says, as it can stand in a line of a message: `most` bytes of it.
-std::string printable(std::string_view text, std::size_t most = 80) {
-    std::string line(text.substr(0, most));
-    if (text.size() > most) {
-        while (!line.empty() && (line.back() & 0x80) != 0) // no part of a character
-            line.pop_back();
-        line += "...";
-    }
-    std::ranges::replace_if(line, is_control, '?');
-    return line;
-}
-
-std::string alternatives(const Words& words) {
-    if (words.size() < 2)
-        return words.empty() ? "" : std::string(words.front());
-    return fmt::format("{} or {}", fmt::join(words.begin(), words.end() - 1, ", "), words.back());
-}
-
-/// The number of characters to insert, leave out, replace, or swap with the next, that make `b` of `a`.
-std::size_t distance(std::string_view a, std::string_view b) {
-    std::vector table(a.size() + 1, std::vector<std::size_t>(b.size() + 1));
-    for (std::size_t i = 0; i <= a.size(); ++i) {
-        for (std::size_t j = 0; j <= b.size(); ++j) {
-            std::size_t& best = table[i][j];
-            if (i == 0 || j == 0) {
-                best = i + j;
-                continue;
-            }
-            best = std::min({table[i - 1][j] + 1, table[i][j - 1] + 1,
-                             table[i - 1][j - 1] + (a[i - 1] == b[j - 1] ? 0 : 1)});
-            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1])
-                best = std::min(best, table[i - 2][j - 2] + 1);
-        }
-    }
-    return table.back().back();
-}
-
-/// "; did you mean 'kernel'?" if a known word is close to `word`, otherwise nothing.
-template<class Known>
-std::string suggestion(std::string_view word, const Known& known) {
-    constexpr std::size_t longest = 60;
-    if (word.size() > longest)
-        return {};
-    std::size_t least = std::max<std::size_t>(1, word.size() / 3) + 1;
-    std::string_view best;
-    for (const std::string_view candidate : known) {
-        const std::size_t changes = distance(word, candidate);
-        if (changes < least) {
-            least = changes;
-            best = candidate;
-        }
-    }
-    return best.empty() ? "" : fmt::format("; did you mean '{}'?", best);
-}
 
 std::string_view kind(const toml::node& node) {
     switch (node.type()) {
@@ -235,15 +176,6 @@ bool is_option(std::string_view text, std::string_view option) {
         return false;
     const std::string_view rest = text.substr(option.size());
     return rest.empty() || rest.front() == '=' || !option.starts_with("--"); // "-m64"
-}
-
-/// `path` seen from `folder`, absolute. Symbolic links to folders are followed, so that ".." is what it is
-/// for the kernel; the file's own name stays.
-std::string absolute_path(const fs::path& folder, const fs::path& path) {
-    const fs::path joined = folder / path;
-    std::error_code error;
-    const fs::path parent = fs::weakly_canonical(joined.parent_path(), error);
-    return error ? joined.string() : (parent / joined.filename()).string();
 }
 
 /// What names of cases begin with.
@@ -795,7 +727,8 @@ void Reader::bound(const toml::table& table, const std::string& key, const std::
     if (!counters().contains(counter) && !counter.starts_with("instructions."))
         problem(table, key,
                 fmt::format("expected a number of --stats=json, such as traps.count, not '{}'{}",
-                            printable(counter), suggestion(counter, counters())));
+                            printable(counter),
+                            suggestion(counter, Words(counters().begin(), counters().end()))));
     if (std::ranges::find(into.bounds, counter, &CounterBound::counter) != into.bounds.end())
         problem(table, key, fmt::format("expected one bound of {}, not two", printable(counter)));
     into.bounds.push_back(std::move(made));
@@ -1014,36 +947,6 @@ Cases Reader::parse(std::string_view text) {
     return std::move(result_);
 }
 
-// --- Files
-
-ManifestError file_error(std::string file, std::string problem) {
-    return {std::move(file), 0, 0, "", std::move(problem)};
-}
-
-bool is_build_folder(const fs::path& folder) {
-    std::error_code error;
-    return fs::exists(folder / "CMakeCache.txt", error) || fs::exists(folder / "CACHEDIR.TAG", error);
-}
-
-/// All manifests in `folder` and below, in no order. What cannot be searched is told, and the rest is.
-void search(const fs::path& folder, std::vector<std::string>& manifests, std::vector<ManifestError>& errors) {
-    std::error_code error;
-    for (auto entry = fs::directory_iterator(folder, error); !error && entry != fs::directory_iterator();
-         entry.increment(error)) {
-        const fs::path path = entry->path();
-        std::error_code unknown; // of a link that leads nowhere: no folder then
-        if (entry->is_directory(unknown)) {
-            const bool own = !entry->is_symlink(unknown) && !path.filename().string().starts_with('.');
-            if (own && !is_build_folder(path))
-                search(path, manifests, errors);
-        } else if (path.filename() == manifest_name) {
-            manifests.push_back(path.string());
-        }
-    }
-    if (error)
-        errors.push_back(file_error(folder.string(), fmt::format("cannot be searched: {}", error.message())));
-}
-
 } // namespace
 
 std::string describe(const ManifestError& error) {
@@ -1057,93 +960,6 @@ std::string describe(const ManifestError& error) {
 
 Cases parse_manifest(std::string_view text, const std::string& file, const fs::path& base) {
     return Reader(file, base).parse(text);
-}
-
-Cases read_manifest(const std::string& file, const fs::path& base) {
-    const auto failed = [&](std::string_view why) {
-        return Cases{{}, {file_error(file, fmt::format("cannot be read: {}", why))}};
-    };
-    // Not a pipe, which would be waited for.
-    std::error_code error;
-    if (const fs::file_status status = fs::status(file, error); !fs::is_regular_file(status))
-        return failed(error ? error.message() : "not a regular file");
-    std::ifstream stream(file, std::ios::binary);
-    if (!stream)
-        return failed(std::strerror(errno));
-    std::string text(maximum_manifest_size + 1, '\0');
-    stream.read(text.data(), static_cast<std::streamsize>(text.size()));
-    if (stream.bad())
-        return failed("input error");
-    text.resize(static_cast<std::size_t>(stream.gcount()));
-    if (text.size() > maximum_manifest_size)
-        return failed(fmt::format("more than {} KiB", maximum_manifest_size >> 10));
-    return parse_manifest(text, file, base);
-}
-
-TestCase bare_kernel(const std::string& file, const fs::path& base) {
-    TestCase made;
-    made.kernel = absolute_path(base, file);
-    made.name = (base / file).lexically_normal().lexically_relative(base.lexically_normal()).generic_string();
-    return made;
-}
-
-Discovery find_manifests(std::span<const std::string> paths) {
-    static const std::string current_folder = ".";
-    if (paths.empty())
-        paths = {&current_folder, 1};
-    Discovery found;
-    std::set<fs::path> known; // the same file by another path is no other case
-    const auto add = [&](std::vector<std::string>& files, const std::string& file) {
-        std::error_code error;
-        if (known.insert(fs::weakly_canonical(file, error)).second || error)
-            files.push_back(file);
-    };
-    for (const std::string& path : paths) {
-        std::error_code error;
-        const fs::file_status status = fs::status(path, error);
-        if (fs::is_directory(status)) {
-            std::vector<std::string> manifests;
-            const std::size_t errors = found.errors.size();
-            search(path, manifests, found.errors);
-            if (manifests.empty() && found.errors.size() == errors)
-                found.errors.push_back(
-                    file_error(path, fmt::format("no {} in it or below it", manifest_name)));
-            std::ranges::sort(manifests);
-            for (const std::string& manifest : manifests)
-                add(found.manifests, manifest.starts_with("./") ? manifest.substr(2) : manifest);
-        } else if (path.ends_with(".toml")) {
-            add(found.manifests, path); // also one that is not there: reading it tells
-        } else if (fs::is_regular_file(status)) {
-            add(found.kernels, path);
-        } else {
-            found.errors.push_back(file_error(
-                path, error ? error.message() : std::string("neither a folder, a manifest nor a kernel")));
-        }
-    }
-    return found;
-}
-
-Cases load_cases(std::span<const std::string> paths, const fs::path& base) {
-    const Discovery found = find_manifests(paths);
-    Cases all{{}, found.errors};
-    std::map<std::string, std::string> names; // and their files
-    const auto take = [&](Cases cases, const std::string& file) {
-        std::ranges::move(cases.errors, std::back_inserter(all.errors));
-        for (TestCase& test : cases.cases) {
-            const auto [first, is_new] = names.emplace(test.name, file);
-            if (is_new)
-                all.cases.push_back(std::move(test));
-            else
-                all.errors.push_back({file, test.line, test.line == 0 ? 0U : 1U, "",
-                                      fmt::format("expected cases with names of their own, not '{}' as in {}",
-                                                  printable(test.name), first->second)});
-        }
-    };
-    for (const std::string& file : found.manifests)
-        take(read_manifest(file, base), file);
-    for (const std::string& file : found.kernels)
-        take({{bare_kernel(file, base)}, {}}, file);
-    return all;
 }
 
 } // namespace umbra
