@@ -78,6 +78,9 @@ class CpuEnvironment {
     [[nodiscard]] virtual std::optional<std::array<std::uint64_t, 4>> pdptes(std::uint64_t cr3);
 
     [[nodiscard]] virtual CpuidResult cpuid(std::uint32_t leaf, std::uint32_t subleaf) = 0;
+    /// Whether the vendor is AMD: its CPUs have no SYSENTER in long mode, and SYSRET outside 64-bit code (APM
+    /// vol. 3). Otherwise they are as the Intel SDM says.
+    [[nodiscard]] virtual bool amd() { return false; }
     /// MAXPHYADDR.
     [[nodiscard]] virtual unsigned physical_bits() = 0;
     /// The CR4 bits that the guest may set; any other is #GP(0).

@@ -103,6 +103,7 @@ class Monitor final : public Engine, private CpuEnvironment, private GuestBus {
     void paging_changed(const PagingChange& change) override;
     std::optional<std::array<std::uint64_t, 4>> pdptes(std::uint64_t cr3) override;
     CpuidResult cpuid(std::uint32_t leaf, std::uint32_t subleaf) override;
+    bool amd() override { return features_.amd; }
     unsigned physical_bits() override { return features_.physical_bits; }
     std::uint64_t cr4_allowed() override { return features_.cr4; }
 

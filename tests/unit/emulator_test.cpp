@@ -66,12 +66,14 @@ class FakeEnvironment : public CpuEnvironment {
             return {0, 0, 0, nx_offered ? 1U << 20 : 0};
         return {leaf + 1, leaf + 2, subleaf, 4};
     }
+    bool amd() override { return is_amd; }
     unsigned physical_bits() override { return 40; }
     std::uint64_t cr4_allowed() override { return allowed; }
 
     std::vector<std::pair<std::uint16_t, unsigned>> reads;
     std::vector<PortWrite> writes;
     std::vector<PagingChange> changes;
+    bool is_amd = false;
     std::map<std::uint32_t, std::uint64_t> msrs{{0x1b, 0xfee0'0900}};
     std::uint64_t xcr0 = 0;
     std::uint64_t allowed = cr4::pae | cr4::pge | cr4::pse | cr4::de | cr4::tsd | cr4::pcide | cr4::smep |
@@ -1594,6 +1596,40 @@ TEST_F(EmulatorTest, Sysenter) {
         EXPECT_EQ(reg(Gpr::rsp), cpu.sysenter_esp);
         EXPECT_FALSE(cpu.interrupts_enabled());
     }
+}
+
+/// AMD APM vol. 3, SYSENTER and SYSEXIT: not in long mode, at any level.
+TEST_F(EmulatorTest, AmdHasNoSysenterInLongMode) {
+    environment.is_amd = true;
+    cpu.sysenter_cs = sel::kernel_code;
+    for (const unsigned level : {0U, 3U}) {
+        if (level == 3)
+            user(3);
+        for (const bool code_64 : {true, false}) {
+            cpu.cs.long_mode = code_64;
+            cpu.cs.default_32 = !code_64;
+            EXPECT_EQ(fault({0x0f, 0x34}), ud()) << level << code_64;
+            EXPECT_EQ(fault({0x0f, 0x35}), ud()) << level << code_64;
+        }
+    }
+}
+
+/// AMD APM vol. 3, SYSRET, and Intel SDM vol. 2B, where it is #UD there.
+TEST_F(EmulatorTest, SysretOutside64BitCode) {
+    cpu.cs.long_mode = false;
+    cpu.cs.default_32 = true;
+    cpu.star = std::uint64_t{sel::user_code_32} << 48;
+    reg(Gpr::rcx) = 0x1234'0000'0000 | TestGuest::user_code;
+    reg(Gpr::r11) = 0;
+    EXPECT_EQ(fault({0x0f, 0x07}), ud());
+    environment.is_amd = true;
+    cpu.rflags = rflags::fixed | 1;
+    EXPECT_EQ(fault({0x0f, 0x07}), no_fault);
+    EXPECT_EQ(cpu.cpl, 3);
+    EXPECT_EQ(cpu.cs.selector, sel::user_code_32 | 3);
+    EXPECT_FALSE(cpu.cs.long_mode);
+    EXPECT_EQ(cpu.rip, TestGuest::user_code);
+    EXPECT_EQ(cpu.rflags, rflags::fixed | rflags::interrupt | 1) << "not by R11";
 }
 
 TEST_F(EmulatorTest, Sysexit) {

@@ -360,6 +360,8 @@ Emulation Executor::execute() {
         return system_return();
     case ZYDIS_MNEMONIC_SYSENTER:
         return fast_system_call();
+    case ZYDIS_MNEMONIC_SYSEXIT:
+        return fast_system_return();
     case ZYDIS_MNEMONIC_INVPCID:
         return invalidate_pcid();
     // Not offered by CPUID.
@@ -411,8 +413,6 @@ Emulation Executor::execute_at_level_0() {
         return read_msr();
     case ZYDIS_MNEMONIC_WRMSR:
         return write_msr();
-    case ZYDIS_MNEMONIC_SYSEXIT:
-        return fast_system_return();
     case ZYDIS_MNEMONIC_SWAPGS:
         std::swap(cpu_->gs.base, cpu_->kernel_gs_base);
         return done();

@@ -180,8 +180,9 @@ Emulation Executor::interrupt_return() {
     return Done{};
 }
 
+/// Intel SDM vol. 2B, SYSRET; AMD APM vol. 3, SYSRET, which in 32-bit code takes no flags from R11.
 Emulation Executor::system_return() {
-    if ((cpu_->efer & efer::sce) == 0 || !cpu_->cs.long_mode)
+    if ((cpu_->efer & efer::sce) == 0 || !(cpu_->cs.long_mode || environment_->amd()))
         return invalid_opcode();
     if (!privileged())
         return general_protection();
@@ -192,7 +193,8 @@ Emulation Executor::system_return() {
     const auto base = static_cast<std::uint16_t>(cpu_->star >> 48);
     const auto code = static_cast<std::uint16_t>((base + (to_64_bit ? 16 : 0)) | 3);
     const auto stack = static_cast<std::uint16_t>((base + 8) | 3);
-    cpu_->rflags = (reg(Gpr::r11) & sysret_flags) | rflags::fixed;
+    cpu_->rflags = cpu_->cs.long_mode ? (reg(Gpr::r11) & sysret_flags) | rflags::fixed
+                                      : (cpu_->rflags | rflags::interrupt) & ~rflags::resume;
     cpu_->cs = flat_code_segment(code, 3, to_64_bit);
     cpu_->ss = flat_stack_segment(stack, 3);
     cpu_->cpl = 3;
@@ -200,8 +202,10 @@ Emulation Executor::system_return() {
     return Done{.step = SingleStep::flags_after};
 }
 
-/// Intel SDM vol. 2B, SYSENTER. AMD's CPUs have none in long mode; their kernels do not set its MSRs there.
+/// Intel SDM vol. 2B, SYSENTER.
 Emulation Executor::fast_system_call() {
+    if (environment_->amd() && in_long_mode(*cpu_))
+        return invalid_opcode();
     const std::uint16_t base = selector::error_code(static_cast<std::uint16_t>(cpu_->sysenter_cs));
     if (base == 0)
         return general_protection();
@@ -217,6 +221,10 @@ Emulation Executor::fast_system_call() {
 
 /// Intel SDM vol. 2B, SYSEXIT.
 Emulation Executor::fast_system_return() {
+    if (environment_->amd() && in_long_mode(*cpu_))
+        return invalid_opcode();
+    if (!privileged())
+        return general_protection();
     const std::uint16_t base = selector::error_code(static_cast<std::uint16_t>(cpu_->sysenter_cs));
     const bool to_64_bit = instruction_.operand_width == 64;
     if (base == 0 || (to_64_bit && (!canonical(reg(Gpr::rcx)) || !canonical(reg(Gpr::rdx)))))
