@@ -163,6 +163,7 @@ void Session::take(Say what, std::uint8_t channel, std::string_view payload) {
     case Say::start:
     case Say::signal:
     case Say::window:
+    case Say::wake:
     case Say::open:
     case Say::data:
     case Say::credit:
@@ -260,6 +261,7 @@ int Session::run() {
     using Clock = std::chrono::steady_clock;
     constexpr std::chrono::minutes boot_time{3}; // far more than it takes on a busy computer
     const Clock::time_point begun = Clock::now();
+    Clock::time_point woken = begun;
     while (!code_) {
         if (failure_)
             throw StartupError(ExitCode::host_cannot, "the emulated host: " + *failure_);
@@ -268,8 +270,16 @@ int Session::run() {
         if (!started_ && Clock::now() - begun > boot_time)
             return machine_is_gone();
         constexpr int second_ms = 1000;
-        if (!relay_.turn(started_ ? -1 : second_ms) && !code_ && !failure_)
+        // Now and then the interrupt of the machine's timer is lost while it is halted, in which it would
+        // stay for ever then. Any interrupt makes it look at its clock. But where instructions are counted,
+        // it would be a cost.
+        const bool wakes = started_ && !errand_.counted;
+        if (!relay_.turn(started_ && !wakes ? -1 : second_ms) && !code_ && !failure_)
             return machine_is_gone();
+        if (const auto now = Clock::now(); wakes && now - woken >= std::chrono::seconds(1)) {
+            woken = now;
+            relay_.say(Say::wake);
+        }
     }
     while (!(relay_.written(output_channel) && relay_.written(error_channel)) && !impatient_)
         (void)relay_.turn(-1);

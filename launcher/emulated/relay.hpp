@@ -26,6 +26,7 @@ enum class Say : std::uint8_t {
     start,   ///< umbra: pack()ed: what is to be run
     signal,  ///< umbra: one byte, a signal for what runs
     window,  ///< umbra: rows and columns of the terminal, two bytes each, low byte first
+    wake,    ///< umbra: nothing, but it comes with an interrupt (Session::run in host.cpp). Empty
     serves,  ///< machine: what runs takes debuggers now. Empty
     ended,   ///< machine: a byte: exit code, or 128 + the signal that ended it. The last that it says
     stopped, ///< machine: what runs was stopped by the terminal (Ctrl-Z). Empty
