@@ -185,13 +185,13 @@ void data_breakpoints() {
         std::uint64_t bytes;
     } lengths[] = {{one, 1}, {two, 2}, {four, 4}, {eight, 8}};
     for (const auto& [length, bytes] : lengths) {
-        const std::uint64_t first = at + (8 - bytes);
+        const std::uint64_t first = at + (8 - bytes), last = first + bytes - 1;
         set_address(2, first);
         control(enable(2, access, length));
         CHECK(TRAPS(4, "movb $1, (%1)\n 2: nop", "r"(first) : "memory"));
-        CHECK(TRAPS(4, "movb (%1), %%al\n 2: nop", "r"(first + bytes - 1) : "rax", "memory"));
+        CHECK(TRAPS(4, "movb (%1), %%al\n 2: nop", "r"(last) : "rax", "memory"));
         expect_none();
-        asm volatile("movb (%0), %%al\n movb (%1), %%al" : : "r"(first - 1), "r"(first + bytes) : "rax");
+        asm volatile("movb (%0), %%al\n movb (%1), %%al" : : "r"(first - 1), "r"(last + 1) : "rax");
         CHECK_EQ(met, 0);
     }
     // Several at once, and one that is not enabled.

@@ -34,9 +34,9 @@ constexpr unsigned results[] = {rcx, rdx, rbp, rsi, rdi};
 enum SegmentNumber : unsigned { es, cs, ss, ds, fs, gs };
 
 namespace flag {
-constexpr std::uint64_t fixed = 2, status = 0x8c5, overflow = 0x800, trap = 0x100, interrupt = 0x200,
-                        direction = 0x400, iopl = 0x3000, nested = 0x4000, resume = 0x1'0000,
-                        alignment = 0x4'0000, id = 0x20'0000;
+constexpr std::uint64_t fixed = 2, status = 0x8c5, trap = 0x100, interrupt = 0x200, direction = 0x400,
+                        iopl = 0x3000, nested = 0x4000, resume = 0x1'0000, alignment = 0x4'0000,
+                        id = 0x20'0000;
 }
 
 namespace control_0 {
