@@ -184,7 +184,7 @@ std::uint64_t Maker::random_descriptor() {
         type = types[random_.below(qemu_ ? 10 : 16)];
         segment = false;
         flags = 0;
-        limit = type == 2 ? random_.below(ldt_slots * 8) : page_4k - 1;
+        limit = type == 2 ? random_.below(std::uint64_t{ldt_slots} * 8) : page_4k - 1;
         base = type == 2 ? ldt_base : tss_page;
         if (type == 0xc) {
             const std::uint64_t target = call_gate_entry();
@@ -479,15 +479,13 @@ const char* Maker::load_segment() {
     if (qemu_ && target != ss && what < 4)
         what = 0; // others are not zeroed by the same returns
     const char* name = "mov to segment";
-    if (random_.one_in(2)) {
-        load(rax, what);
-        op(0, 0x8e, registers(target, rax));
-    } else if (random_.one_in(2)) {
+    const bool by_register = random_.one_in(2);
+    if (!by_register && random_.one_in(2)) {
         const std::uint64_t where = target == ss && qemu_ ? slot(2) : data_address(2);
         if (where >= data_page && where + 2 <= data_page + page_4k)
             std::memcpy(reinterpret_cast<void*>(where), &what, 2);
         op_at(where, 0, target, 0x8e);
-    } else if (target == fs || target == gs || bits_ != 64) {
+    } else if (!by_register && (target == fs || target == gs || bits_ != 64)) {
         name = "pop segment";
         load(rax, what);
         push(rax);
@@ -510,7 +508,7 @@ const char* Maker::load_segment() {
 
 const char* Maker::load_far_pointer() {
     constexpr unsigned codes[] = {0xb2, 0xb4, 0xb5};
-    unsigned which = static_cast<unsigned>(random_.below(bits_ == 64 ? 3 : 5));
+    auto which = static_cast<unsigned>(random_.below(bits_ == 64 ? 3 : 5));
     if (qemu_ && which == 0 && may_step_)
         which = 1; // LSS holds events there as MOV to SS does
     std::uint64_t what = which == 0 ? stack_selector(cpl_) : random_.one_in(2) ? user_data : selector();
@@ -536,7 +534,7 @@ const char* Maker::load_far_pointer() {
 }
 
 const char* Maker::store_segment() {
-    const unsigned source = static_cast<unsigned>(random_.below(6));
+    const auto source = static_cast<unsigned>(random_.below(6));
     if (random_.one_in(4) && (source >= fs || bits_ != 64)) {
         constexpr unsigned codes[] = {0x06, 0x0e, 0x16, 0x1e, 0xa0, 0xa8};
         if (random_.one_in(2))
@@ -555,7 +553,7 @@ const char* Maker::store_segment() {
 
 const char* Maker::examine() {
     const std::uint64_t what = random_.one_in(4) ? code_selector() : selector();
-    const unsigned which = static_cast<unsigned>(random_.below(4));
+    const auto which = static_cast<unsigned>(random_.below(4));
     const unsigned reg = which < 2 ? random_.of(results) : which + 2; // VERR is /4, VERW /5
     const unsigned size = which < 2 ? operand_size() : 0;
     constexpr unsigned codes[] = {0x02, 0x03, 0x00, 0x00};
@@ -650,14 +648,15 @@ const char* Maker::far_return() {
     const std::uint64_t parameters = with_parameters ? random_.below(3) * width : 0;
     const unsigned new_cpl = where_to & 3;
     const bool edge = random_.one_in(16) && (cpl_ == 0 || !qemu_); // whose #PF are not the program's
-    const std::uint64_t frame = edge ? data_page + page_4k - random_.below(4 * width) : slot(6 * width);
+    const std::uint64_t frame =
+        edge ? data_page + page_4k - random_.below(std::uint64_t{4} * width) : slot(6 * width);
     load(rsp, frame - segment_base());
     const std::uint64_t stack = stack_selector(new_cpl);
     const std::uint64_t pointer = stack_pointer(new_cpl);
     if (!edge) {
         std::memcpy(reinterpret_cast<void*>(frame + width), &where_to, width);
-        std::memcpy(reinterpret_cast<void*>(frame + 2 * width + parameters), &pointer, width);
-        std::memcpy(reinterpret_cast<void*>(frame + 3 * width + parameters), &stack, width);
+        std::memcpy(reinterpret_cast<void*>(frame + std::uint64_t{2} * width + parameters), &pointer, width);
+        std::memcpy(reinterpret_cast<void*>(frame + std::uint64_t{3} * width + parameters), &stack, width);
     }
     op(size, with_parameters ? 0xca : 0xcb);
     if (with_parameters)
@@ -680,8 +679,9 @@ const char* Maker::interrupt_return() {
     const unsigned width = size / 8;
     const unsigned new_cpl = where_to & 3;
     const bool edge = random_.one_in(16) && (cpl_ == 0 || !qemu_); // whose #PF are not the program's
-    const std::uint64_t frame = edge ? data_page + page_4k - random_.below((qemu_ ? 3 : 5) * width)
-                                     : slot(5 * width); // QEMU looks at CS first
+    const std::uint64_t frame =
+        edge ? data_page + page_4k - random_.below(std::uint64_t{qemu_ ? 3U : 5U} * width)
+             : slot(5 * width); // QEMU looks at CS first
     load(rsp, frame - segment_base());
     const bool pops_stack = bits_ == 64 || new_cpl > cpl_;
     std::uint64_t stack = stack_selector(new_cpl);
@@ -690,7 +690,7 @@ const char* Maker::interrupt_return() {
     if (!edge) {
         const std::uint64_t items[] = {where_to, loaded_flags, pointer, stack};
         for (unsigned i = 0; i < 4; ++i)
-            std::memcpy(reinterpret_cast<void*>(frame + (i + 1) * width), &items[i], width);
+            std::memcpy(reinterpret_cast<void*>(frame + std::uint64_t{i + 1} * width), &items[i], width);
     }
     op(size, 0xcf);
     go_on_in(where_to, edge ? 0 : frame, width);
@@ -892,7 +892,7 @@ const char* Maker::status_word() {
 
 const char* Maker::debug_register() {
     program_->changed |= changed_debug;
-    const unsigned number = static_cast<unsigned>(random_.below(8));
+    const auto number = static_cast<unsigned>(random_.below(8));
     const bool write = random_.one_in(2);
     if (write) {
         constexpr std::uint64_t general_detect = 1 << 13, enables = 0xff, met = 0xf;

@@ -330,7 +330,7 @@ void Vm::create_interrupt_controllers() {
 /// PIC would be the source (Intel 82371AB, 8.7.1, and MultiProcessor Specification 1.4, table 4-11).
 void Vm::route_lines() {
     constexpr std::uint32_t timer = 0, cascade = 2, pic_inputs = 8, apic_inputs = KVM_IOAPIC_NUM_PINS;
-    RouteList list(2 * apic_inputs);
+    RouteList list(std::size_t{2} * apic_inputs);
     const auto route = [&list](std::uint32_t line, std::uint32_t chip, std::uint32_t input) {
         kvm_irq_routing_entry& entry = list->entries[list->nr++];
         entry.gsi = line;
