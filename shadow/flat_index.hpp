@@ -1,7 +1,7 @@
 // A hash index over records that are numbered and lie elsewhere: from a key to its record's number.
 //
-// One flat array with linear probing, and no memory of its own for each record, so that a fault allocates
-// nothing; and numbers, not pointers, which mean the same in any mapping of the records.
+// One flat array with linear probing, which allocates nothing for a record; and numbers, not pointers, which
+// mean the same in any mapping of the records.
 #pragma once
 
 #include <bit>
